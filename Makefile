@@ -1,0 +1,25 @@
+# The front door. Each goal installs what it lacks and says so; a second run is quick.
+
+.PHONY: help demo test ebpf build
+
+help:
+	@echo "make demo          three nodes on this machine, every pod byte encrypted, proven on the wire"
+	@echo "make demo KEEP=1   the same, left running, with hints for looking around"
+	@echo "make test          everything that must hold before a change lands"
+	@echo "make ebpf          rebuilds the gate's BPF object (nightly Rust, LLVM)"
+	@echo "make build         target/release/shroud"
+
+build:
+	@scripts/setup.sh build
+	cargo build --release --locked --package shroud
+
+demo:
+	@scripts/setup.sh demo
+	@cargo build --release --locked --package shroud --package shroud-lab
+	@target/release/demo --shroud target/release/shroud --result target/demo/result.json $(if $(KEEP),--keep)
+
+test:
+	@scripts/test.sh
+
+ebpf:
+	@ebpf/build.sh

@@ -1,0 +1,236 @@
+//! What a node says of itself: its public key and where it can be reached. Attacker input until the directory has verified it.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+
+use serde::{Deserialize, Serialize};
+use shroud_model::{InvalidKey, PublicKey};
+
+use crate::document::Document;
+use crate::refusal::{Excerpt, Refusal};
+
+/// How the announcing node encrypts. Both speak the same WireGuard; the word is for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// The kernel's WireGuard.
+    Kernel,
+    /// `shroud wire`.
+    Userspace,
+}
+
+/// One node's announcement, parsed: well-formed, but not yet believed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Announcement {
+    /// The key the node answers to.
+    pub public_key: PublicKey,
+    /// The UDP port its device listens on.
+    #[serde(rename = "port")]
+    pub listen_port: NonZeroU16,
+    /// Where others can reach it, best first.
+    pub endpoints: Vec<SocketAddr>,
+    /// Rises with each new key, so that an old announcement cannot be played again.
+    pub epoch: u64,
+    /// How the node encrypts.
+    pub backend: Backend,
+}
+
+impl Announcement {
+    /// The version written, and the only one understood.
+    pub const VERSION: u64 = 1;
+    /// The longest announcement that is read, in bytes.
+    pub const MAX_BYTES: usize = 4096;
+    /// The most endpoints that are read.
+    pub const MAX_ENDPOINTS: usize = 8;
+
+    /// Parses a stranger's text. Unknown fields are skipped: within a version, fields are only added.
+    ///
+    /// # Errors
+    /// [`Refusal`] says what is wrong, in words that are safe to print.
+    pub fn parse(text: impl AsRef<[u8]>) -> Result<Self, Refusal> {
+        let document = Document::parse(text.as_ref(), Self::MAX_BYTES, Self::VERSION)?;
+
+        let listen_port = document.field("port", "a UDP port, 1 to 65535")?;
+        let endpoints = document.list("endpoints", "a list of addresses with port", Self::MAX_ENDPOINTS)?;
+        Ok(Self {
+            public_key: public_key(&document)?,
+            listen_port,
+            endpoints: endpoints.into_iter().map(canonical).collect(),
+            epoch: document.field("epoch", "a whole number")?,
+            backend: document.field("backend", "\"kernel\" or \"userspace\"")?,
+        })
+    }
+
+    /// The JSON others parse.
+    pub fn to_json(&self) -> String {
+        #[derive(Serialize)]
+        struct Versioned<'a> {
+            version: u64,
+            #[serde(flatten)]
+            announcement: &'a Announcement,
+        }
+        serde_json::to_string(&Versioned {
+            version: Self::VERSION,
+            announcement: self,
+        })
+        .expect("numbers, texts and lists have a JSON form")
+    }
+}
+
+fn public_key(document: &Document) -> Result<PublicKey, Refusal> {
+    const WANTED: &str = "a public key, 44 characters of base64";
+    let text: String = document.field("publicKey", WANTED)?;
+    let key: PublicKey = text.parse().map_err(|error| match error {
+        InvalidKey::Encoding(_) => Refusal::Malformed {
+            field: "publicKey",
+            wanted: WANTED,
+            found: Excerpt::of(&text),
+        },
+        InvalidKey::LowOrder => Refusal::Key(error),
+    })?;
+    if is_canonical(&key) {
+        Ok(key)
+    } else {
+        Err(Refusal::KeyNotCanonical)
+    }
+}
+
+/// Whether the key is the one spelling of its point: below the field's prime 2^255 - 19, top bit clear.
+///
+/// X25519 accepts the other spellings, so one private key would answer to two public keys that compare as different.
+fn is_canonical(key: &PublicKey) -> bool {
+    let [low, middle @ .., high] = key.as_bytes();
+    *high < 0x7f || (*high == 0x7f && !(*low >= 0xed && middle.iter().all(|&byte| byte == 0xff)))
+}
+
+/// Writes an IPv4-mapped IPv6 address as the IPv4 address it is.
+fn canonical(endpoint: SocketAddr) -> SocketAddr {
+    SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
+
+    fn text(key: &str) -> String {
+        format!(
+            r#"{{"version":1,"publicKey":"{key}","port":51820,"endpoints":["172.18.0.2:51820"],"epoch":1,"backend":"userspace"}}"#
+        )
+    }
+
+    fn announcement() -> Announcement {
+        Announcement {
+            public_key: PublicKey::from_bytes([7; 32]).unwrap(),
+            listen_port: NonZeroU16::new(51820).unwrap(),
+            endpoints: vec!["172.18.0.2:51820".parse().unwrap()],
+            epoch: 1,
+            backend: Backend::Userspace,
+        }
+    }
+
+    #[test]
+    fn our_own_announcement_is_the_documented_text() {
+        assert_eq!(announcement().to_json(), text(KEY));
+        assert_eq!(Announcement::parse(text(KEY)), Ok(announcement()));
+    }
+
+    #[test]
+    fn an_announcement_of_eight_long_endpoints_fits() {
+        let endpoints = vec!["[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap(); 8];
+        let ours = Announcement {
+            endpoints,
+            epoch: u64::MAX,
+            ..announcement()
+        };
+
+        assert_eq!(Announcement::parse(ours.to_json()), Ok(ours));
+    }
+
+    #[test]
+    fn a_later_program_may_add_fields() {
+        let later = text(KEY).replace("{\"version\"", "{\"nextKey\":{\"a\":[1]},\"version\"");
+
+        assert_eq!(Announcement::parse(later), Ok(announcement()));
+    }
+
+    #[test]
+    fn another_version_is_refused_with_both_numbers() {
+        let refusal = Announcement::parse(text(KEY).replace("\"version\":1", "\"version\":2")).unwrap_err();
+
+        assert_eq!(
+            refusal,
+            Refusal::Version {
+                found: Excerpt::of("2"),
+                known: 1
+            }
+        );
+    }
+
+    #[test]
+    fn a_field_given_twice_is_refused_even_when_unknown() {
+        let twice = text(KEY).replace("{\"version\"", "{\"x\":1,\"x\":2,\"version\"");
+        assert_eq!(Announcement::parse(twice), Err(Refusal::Duplicate(Excerpt::of("x"))));
+
+        let escaped = text(KEY).replace("{\"version\"", "{\"\\u0070ort\":1,\"version\"");
+        assert_eq!(
+            Announcement::parse(escaped),
+            Err(Refusal::Duplicate(Excerpt::of("port")))
+        );
+    }
+
+    #[test]
+    fn a_second_spelling_of_a_key_is_refused() {
+        let top_bit = |mut bytes: [u8; 32]| {
+            bytes[31] |= 0x80;
+            PublicKey::from_bytes(bytes).unwrap().to_string()
+        };
+        let mut beyond_prime = [0xff; 32];
+        beyond_prime[31] = 0x7f;
+        let beyond_prime = PublicKey::from_bytes(beyond_prime).unwrap().to_string();
+
+        assert_eq!(
+            Announcement::parse(text(&top_bit([7; 32]))),
+            Err(Refusal::KeyNotCanonical)
+        );
+        assert_eq!(Announcement::parse(text(&beyond_prime)), Err(Refusal::KeyNotCanonical));
+    }
+
+    #[test]
+    fn a_zero_key_is_refused() {
+        let zero = text("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=");
+
+        assert_eq!(Announcement::parse(zero), Err(Refusal::Key(InvalidKey::LowOrder)));
+    }
+
+    #[test]
+    fn a_mapped_endpoint_is_read_as_ipv4_so_that_it_cannot_hide_loopback() {
+        let mapped = text(KEY).replace("172.18.0.2:51820", "[::ffff:127.0.0.1]:1");
+
+        let parsed = Announcement::parse(mapped).unwrap();
+
+        assert_eq!(parsed.endpoints, ["127.0.0.1:1".parse().unwrap()]);
+    }
+
+    #[test]
+    fn limits_hold() {
+        let long = text(KEY).replace("{\"version\"", &format!("{{\"x\":\"{}\",\"version\"", "x".repeat(4096)));
+        assert!(matches!(
+            Announcement::parse(long),
+            Err(Refusal::TooLong { limit: 4096, .. })
+        ));
+
+        let nine = ["\"172.18.0.2:51820\""; 9].join(",");
+        let nine = text(KEY).replace("\"172.18.0.2:51820\"", &nine);
+        assert_eq!(
+            Announcement::parse(nine),
+            Err(Refusal::TooMany {
+                field: "endpoints",
+                found: 9,
+                limit: 8
+            })
+        );
+    }
+}

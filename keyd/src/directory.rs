@@ -1,0 +1,715 @@
+//! Who is in the mesh, verified: a pure index over what the sources say.
+//!
+//! It owns the memory of who held a key or prefix first and which epochs were seen. It does no I/O and knows no time. Every change ends
+//! in [`Directory::settle`], which derives holders, peers and refusals from records and memory alone, never from the order in which
+//! equal facts came.
+//!
+//! - A key or prefix belongs to its first verified holder. A second claimer is refused. Two that claim it at once, with no memory of
+//!   who was first, are both refused; a prefix nobody holds has no owner, so that its traffic is dropped.
+//! - This node always holds its own key and prefixes.
+//! - A key stays with its holder until the node is gone or verifiably holds another key, so that withdrawing or spoiling an
+//!   announcement for a moment gives nobody else a chance. A prefix stays until the authority no longer lists it.
+//! - A [`reset`](Directory::reset) is a complete list. When it would remove more than one and more than a fifth of the known peers,
+//!   nobody goes until a second list names the same nodes. A [`delete`](Directory::delete) is the authority's explicit word about one
+//!   node and takes effect at once, however many come in a row; a source that only notices absence must use `reset`.
+//! - A node that is gone is forgotten, its epoch too: what comes back under its name is a new node.
+//! - Above [`MAX_NODES`] nodes, those already known stay, and new ones are left out in the order of their names and counted in a
+//!   [`Problem`]; their traffic is dropped.
+
+mod ranges;
+mod verify;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use shroud_model::{NodeName, Prefix, PublicKey};
+use thiserror::Error;
+
+use self::ranges::Ranges;
+use self::verify::{Claims, first_other};
+use crate::announcement::Backend;
+use crate::{Announcement, Record, Refusal, Unreadable};
+
+/// The most nodes a directory keeps, this one not counted.
+pub const MAX_NODES: usize = 10_000;
+/// The most pod prefixes one node may have.
+pub const MAX_POD_PREFIXES: usize = 16;
+
+/// This node's own claims, which nobody can take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Local {
+    /// This node's name.
+    pub node: NodeName,
+    /// This node's key.
+    pub public_key: PublicKey,
+    /// This node's pod prefixes.
+    pub pod_prefixes: BTreeSet<Prefix>,
+}
+
+/// A node whose claims were verified and can be sent to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// The good endpoints it announces, best first; at least one.
+    pub endpoints: Vec<SocketAddr>,
+    /// The pod prefixes it holds; may be empty when it has none yet.
+    pub pod_prefixes: BTreeSet<Prefix>,
+    /// Its addresses on the underlay, as the authority has them.
+    pub addresses: Vec<IpAddr>,
+    /// The epoch of its announcement.
+    pub epoch: u64,
+    /// How it says it encrypts.
+    pub backend: Backend,
+}
+
+/// A node that is known but not believed. Its traffic is dropped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Why; at least one reason.
+    pub reasons: Vec<Reason>,
+    /// The pod prefixes that are nevertheless its own, to be fenced in its name.
+    pub pod_prefixes: BTreeSet<Prefix>,
+}
+
+/// Where a snapshot's facts come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Memory of an earlier run; no source has spoken yet.
+    Cache,
+    /// A source's complete list.
+    Source,
+}
+
+/// The directory at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Where the facts come from.
+    pub origin: Origin,
+    /// Verified nodes, this one not among them.
+    pub peers: BTreeMap<NodeName, Peer>,
+    /// Refused nodes. No node is in both maps.
+    pub refused: BTreeMap<NodeName, Refused>,
+    /// What wants a look without changing who is a peer.
+    pub problems: Vec<Problem>,
+}
+
+/// Why a node is refused. Safe to print.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Reason {
+    /// It has announced nothing yet, or withdrawn it.
+    #[error("it announces no key")]
+    NoAnnouncement,
+    /// Its announcement is no announcement.
+    #[error("its announcement is refused: {0}")]
+    Announcement(Refusal),
+    /// Its announcement is older than one seen before.
+    #[error(
+        "its announcement has epoch {epoch}, but epoch {seen} was seen before: an old one is played again; if the node was set up anew, delete its record once"
+    )]
+    Replay {
+        /// What it announces.
+        epoch: u64,
+        /// The highest seen.
+        seen: u64,
+    },
+    /// Nothing can be sent to it.
+    #[error("it announces no endpoint that can be used{}", list(.0))]
+    NoEndpoint(Vec<(SocketAddr, EndpointFlaw)>),
+    /// It announces this node's key.
+    #[error("it announces this node's own key")]
+    OwnKey,
+    /// Another node was first.
+    #[error("it announces the key {}.. that node {holder} holds", key.fingerprint())]
+    KeyHeld {
+        /// The key.
+        key: PublicKey,
+        /// Who holds it.
+        holder: NodeName,
+    },
+    /// Two came at once.
+    #[error("it announces the key {}.. and so does node {rival}; nobody knows who was first", key.fingerprint())]
+    KeyContested {
+        /// The key.
+        key: PublicKey,
+        /// Another claimer.
+        rival: NodeName,
+    },
+    /// Another node was first.
+    #[error("its pod prefix {prefix} overlaps with one that node {holder} holds")]
+    PrefixHeld {
+        /// The prefix.
+        prefix: Prefix,
+        /// Who holds a part of it.
+        holder: NodeName,
+    },
+    /// Two came at once.
+    #[error("its pod prefix {prefix} overlaps with one of node {rival}; nobody knows who was first")]
+    PrefixContested {
+        /// The prefix.
+        prefix: Prefix,
+        /// Another claimer.
+        rival: NodeName,
+    },
+    /// The prefix is not among the protected ranges.
+    #[error("its pod prefix {0} lies outside the protected ranges of this node's configuration")]
+    PrefixNotProtected(Prefix),
+    /// The prefix is absurdly wide.
+    #[error("its pod prefix {0} is wider than a node's can be (at least /8 for IPv4, /32 for IPv6)")]
+    PrefixTooWide(Prefix),
+    /// There are too many.
+    #[error("it has {0} pod prefixes, more than the {MAX_POD_PREFIXES} allowed")]
+    TooManyPrefixes(usize),
+    /// The source has something in its place that cannot be read, and nothing older is known.
+    #[error("its record cannot be read: {0}")]
+    Unreadable(String),
+}
+
+/// Why nothing is sent to an announced endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Error)]
+pub enum EndpointFlaw {
+    /// Port 0.
+    #[error("it has port 0")]
+    NoPort,
+    /// Loopback, unspecified, link-local, multicast or broadcast.
+    #[error("no other machine can have this address")]
+    NotUnderlay,
+    /// Inside a protected range: the tunnel would have to pass through itself.
+    #[error("it lies in a protected range")]
+    Pod,
+    /// The authority does not list the address for this node.
+    #[error("the directory does not list this address for the node")]
+    NotItsAddress,
+}
+
+/// Something that wants a look, without changing who is a peer. Safe to print.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Error)]
+pub enum Problem {
+    /// A list shrank too much at once.
+    #[error(
+        "the last list lacks {} of {known} known peers ({}); they stay until a second list agrees or they are deleted one by one",
+        missing.len(), names(missing)
+    )]
+    Brake {
+        /// Who is missing.
+        missing: BTreeSet<NodeName>,
+        /// How many were known.
+        known: usize,
+    },
+    /// A record cannot be read; when its node is known, the last good one counts.
+    #[error("{}{reason}", of(node.as_ref()))]
+    Unreadable {
+        /// The node it would be about, as far as that is known.
+        node: Option<NodeName>,
+        /// The place and what is wrong.
+        reason: String,
+    },
+    /// There are more nodes than the directory keeps.
+    #[error("{0} nodes are left out: a directory keeps at most {MAX_NODES}; their traffic is dropped")]
+    TooManyNodes(usize),
+    /// A peer announces an endpoint that is not used; it has a better one.
+    #[error("node {node}: endpoint {endpoint} is not used: {flaw}")]
+    Endpoint {
+        /// Whose.
+        node: NodeName,
+        /// Which.
+        endpoint: SocketAddr,
+        /// Why.
+        flaw: EndpointFlaw,
+    },
+    /// The directory has another key under this node's name.
+    #[error("the directory has the key {}.. under this node's own name: another machine uses the name, or this node has yet to announce its key", .0.fingerprint())]
+    LocalKey(PublicKey),
+    /// The directory gives this node a prefix it does not know of.
+    #[error("the directory gives this node the pod prefix {0}, which its configuration does not name")]
+    LocalPrefix(Prefix),
+}
+
+/// What must outlive the process: the records, who was first, and which epochs were seen.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Memory {
+    /// Every record, refused ones too.
+    pub records: Vec<Record>,
+    /// Who holds which key.
+    pub keys: BTreeMap<NodeName, PublicKey>,
+    /// Who holds which prefix.
+    pub prefixes: BTreeMap<Prefix, NodeName>,
+    /// The highest epoch each node has announced.
+    pub epochs: BTreeMap<NodeName, u64>,
+}
+
+/// The index. Feed it with what sources say and take [`Snapshot`]s.
+pub struct Directory {
+    local: Local,
+    protected: BTreeSet<Prefix>,
+    entries: BTreeMap<NodeName, Entry>,
+    /// What the source says of this node itself.
+    own: Option<Record>,
+    keys: BTreeMap<NodeName, PublicKey>,
+    prefixes: BTreeMap<Prefix, NodeName>,
+    unreadable: BTreeSet<Unreadable>,
+    brake: Option<Brake>,
+    left_out: usize,
+    origin: Option<Origin>,
+    snapshot: Option<Arc<Snapshot>>,
+}
+
+/// One node's record and what can be said of it alone.
+struct Entry {
+    record: Record,
+    claims: Claims,
+    epoch: Option<u64>,
+}
+
+/// Whether a record said anything new. A cluster repeats itself all day.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    None,
+    Some,
+}
+
+/// A list that nobody believes until it is repeated.
+struct Brake {
+    names: BTreeSet<NodeName>,
+    missing: BTreeSet<NodeName>,
+    known: usize,
+}
+
+impl Directory {
+    /// An empty directory. `protected` are the pod ranges of the mesh: every pod prefix must lie inside, no endpoint may.
+    pub fn new(local: Local, protected: BTreeSet<Prefix>) -> Self {
+        Self {
+            local,
+            protected,
+            entries: BTreeMap::new(),
+            own: None,
+            keys: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
+            brake: None,
+            left_out: 0,
+            origin: None,
+            snapshot: None,
+        }
+    }
+
+    /// Takes up what an earlier run remembered; to be called before any source speaks. Records are verified anew.
+    pub fn restore(&mut self, memory: Memory) {
+        self.keys = memory.keys;
+        self.prefixes = memory.prefixes;
+        for record in memory.records {
+            let seen = memory.epochs.get(&record.node).copied();
+            self.enter(record, seen);
+        }
+        self.origin = self.origin.or(Some(Origin::Cache));
+        self.settle();
+    }
+
+    /// What the next run should remember.
+    pub fn memory(&self) -> Memory {
+        let epochs = self
+            .entries
+            .iter()
+            .filter_map(|(node, entry)| Some((node.clone(), entry.epoch?)));
+        Memory {
+            records: self.entries.values().map(|entry| entry.record.clone()).collect(),
+            keys: self.keys.clone(),
+            prefixes: self.prefixes.clone(),
+            epochs: epochs.collect(),
+        }
+    }
+
+    /// Takes a source's complete list, in any order. A node that is listed twice with different words counts as unreadable.
+    pub fn reset(&mut self, list: Vec<Result<Record, Unreadable>>) {
+        let (records, unreadable) = sort(list);
+        let names: BTreeSet<NodeName> = records
+            .keys()
+            .chain(unreadable.iter().filter_map(|bad| bad.node.as_ref()))
+            .cloned()
+            .collect();
+
+        self.remove_absent(names);
+        self.unreadable = unreadable;
+        self.left_out = 0;
+        self.own = None;
+        for record in records.into_values() {
+            self.enter(record, None);
+        }
+        self.origin = Some(Origin::Source);
+        self.settle();
+    }
+
+    /// Takes one node's record. Before the first complete list it is only kept.
+    pub fn apply(&mut self, record: Record) {
+        let settled = self.unreadable.is_empty() && self.brake.is_none();
+        self.unreadable.retain(|bad| bad.node.as_ref() != Some(&record.node));
+        self.release_brake(&record.node);
+        if self.enter(record, None) == Change::None && settled {
+            return;
+        }
+        self.settle();
+    }
+
+    /// Removes one node at once, because the authority says that it is gone.
+    pub fn delete(&mut self, node: &NodeName) {
+        self.unreadable.retain(|bad| bad.node.as_ref() != Some(node));
+        self.release_brake(node);
+        self.forget(node);
+        self.settle();
+    }
+
+    /// The directory as it is, or `None` while neither a source's first list nor a memory has come.
+    pub fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.snapshot.clone()
+    }
+
+    /// Removes who is not in a complete list, unless that is too much to believe at once.
+    fn remove_absent(&mut self, names: BTreeSet<NodeName>) {
+        let known = self.entries.len();
+        let missing: BTreeSet<NodeName> = self
+            .entries
+            .keys()
+            .filter(|&node| !names.contains(node))
+            .cloned()
+            .collect();
+        let repeated = self.brake.take().is_some_and(|brake| brake.names == names);
+
+        if missing.len() > 1 && missing.len() * 5 > known && !repeated {
+            self.brake = Some(Brake { names, missing, known });
+            return;
+        }
+        for node in &missing {
+            self.forget(node);
+        }
+    }
+
+    /// A node that was spoken of by name is no longer merely missing.
+    fn release_brake(&mut self, node: &NodeName) {
+        if let Some(brake) = &mut self.brake {
+            brake.missing.remove(node);
+        }
+        self.brake.take_if(|brake| brake.missing.is_empty());
+    }
+
+    fn forget(&mut self, node: &NodeName) {
+        if *node == self.local.node {
+            self.own = None;
+        }
+        self.entries.remove(node);
+        self.keys.remove(node);
+    }
+
+    /// Takes a record in. `remembered` is an epoch from an earlier run.
+    fn enter(&mut self, mut record: Record, remembered: Option<u64>) -> Change {
+        if record.node == self.local.node {
+            self.own = Some(record);
+            return Change::Some;
+        }
+        let known = self.entries.get(&record.node);
+        if known.is_some_and(|entry| entry.record == record) {
+            return Change::None;
+        }
+        if known.is_none() && self.entries.len() >= MAX_NODES {
+            self.left_out = self.left_out.saturating_add(1);
+            return Change::Some;
+        }
+
+        let seen = known.and_then(|entry| entry.epoch).max(remembered);
+        let claims = Claims::of(&record, seen, &self.protected);
+        let epoch = claims
+            .announcement
+            .as_ref()
+            .map_or(seen, |announcement| Some(announcement.epoch).max(seen));
+        if record
+            .announcement
+            .as_ref()
+            .is_some_and(|raw| raw.len() > Announcement::MAX_BYTES)
+        {
+            // Refused for its length already; not worth its memory.
+            record.announcement = Some(String::new());
+        }
+        self.entries
+            .insert(record.node.clone(), Entry { record, claims, epoch });
+        Change::Some
+    }
+
+    /// Decides who holds what, and who is a peer.
+    fn settle(&mut self) {
+        let Some(origin) = self.origin else { return };
+        let mut reasons: BTreeMap<NodeName, Vec<Reason>> = BTreeMap::new();
+        for (node, entry) in &self.entries {
+            let own = entry
+                .claims
+                .reasons
+                .iter()
+                .chain(entry.claims.announcement.as_ref().err());
+            reasons.insert(node.clone(), own.cloned().collect());
+        }
+        for (node, reason) in self.settle_keys().into_iter().chain(self.settle_prefixes()) {
+            reasons.entry(node).or_default().push(reason);
+        }
+
+        let mut held: BTreeMap<&NodeName, BTreeSet<Prefix>> = BTreeMap::new();
+        for (&prefix, node) in &self.prefixes {
+            held.entry(node).or_default().insert(prefix);
+        }
+        let mut peers = BTreeMap::new();
+        let mut refused = BTreeMap::new();
+        for (node, entry) in &self.entries {
+            let pod_prefixes = held.remove(node).unwrap_or_default();
+            let reasons = reasons.remove(node).unwrap_or_default();
+            match &entry.claims.announcement {
+                Ok(announcement) if reasons.is_empty() => {
+                    peers.insert(node.clone(), peer(announcement, pod_prefixes, &entry.record));
+                }
+                Ok(_) | Err(_) => {
+                    refused.insert(node.clone(), Refused { reasons, pod_prefixes });
+                }
+            }
+        }
+        for bad in &self.unreadable {
+            let Some(node) = &bad.node else { continue };
+            if *node != self.local.node && !self.entries.contains_key(node) {
+                let reasons = vec![Reason::Unreadable(bad.reason.clone())];
+                refused.insert(
+                    node.clone(),
+                    Refused {
+                        reasons,
+                        pod_prefixes: BTreeSet::new(),
+                    },
+                );
+            }
+        }
+
+        let snapshot = Snapshot {
+            origin,
+            peers,
+            refused,
+            problems: self.problems(),
+        };
+        if self.snapshot.as_deref() != Some(&snapshot) {
+            self.snapshot = Some(Arc::new(snapshot));
+        }
+    }
+
+    /// Gives each key that exactly one node claims to that node, unless somebody holds it. Returns who is refused.
+    fn settle_keys(&mut self) -> Vec<(NodeName, Reason)> {
+        let mut holders: BTreeMap<PublicKey, NodeName> = BTreeMap::new();
+        self.keys.retain(|node, key| {
+            let kept = self.entries.contains_key(node) && *key != self.local.public_key && !holders.contains_key(key);
+            if kept {
+                holders.insert(*key, node.clone());
+            }
+            kept
+        });
+        let claimed: Vec<(&NodeName, PublicKey)> = self
+            .entries
+            .iter()
+            .filter_map(|(node, entry)| Some((node, entry.claims.announcement.as_ref().ok()?.public_key)))
+            .collect();
+
+        // A node that takes a new key sets its old one free, which may serve another claimer. Each round serves somebody for good.
+        let contested = loop {
+            let mut open: BTreeMap<PublicKey, BTreeSet<NodeName>> = BTreeMap::new();
+            for &(node, key) in &claimed {
+                if key != self.local.public_key && !holders.contains_key(&key) {
+                    open.entry(key).or_default().insert(node.clone());
+                }
+            }
+            let sole = |nodes: &BTreeSet<NodeName>| nodes.first().filter(|_| nodes.len() == 1).cloned();
+            let served: Vec<(PublicKey, NodeName)> = open
+                .iter()
+                .filter_map(|(&key, nodes)| Some((key, sole(nodes)?)))
+                .collect();
+            if served.is_empty() {
+                break open;
+            }
+            for (key, node) in served {
+                if let Some(old) = self.keys.insert(node.clone(), key) {
+                    holders.remove(&old);
+                }
+                holders.insert(key, node);
+            }
+        };
+
+        let reason = |node: &NodeName, key: PublicKey| match holders.get(&key) {
+            Some(holder) if holder == node => None,
+            Some(holder) => Some(Reason::KeyHeld {
+                key,
+                holder: holder.clone(),
+            }),
+            None if key == self.local.public_key => Some(Reason::OwnKey),
+            None => {
+                let rival = contested
+                    .get(&key)
+                    .and_then(|nodes| first_other(nodes, node))
+                    .unwrap_or(node)
+                    .clone();
+                Some(Reason::KeyContested { key, rival })
+            }
+        };
+        claimed
+            .into_iter()
+            .filter_map(|(node, key)| Some((node.clone(), reason(node, key)?)))
+            .collect()
+    }
+
+    /// Gives each prefix that no other node claims a part of to its node. Returns who is refused.
+    fn settle_prefixes(&mut self) -> Vec<(NodeName, Reason)> {
+        let mut refused = Vec::new();
+        let mut held = Ranges::default();
+        for &prefix in &self.local.pod_prefixes {
+            held.insert(prefix, self.local.node.clone());
+        }
+        self.prefixes.retain(|&prefix, node| {
+            let claims = self
+                .entries
+                .get(node)
+                .is_some_and(|entry| entry.claims.prefixes.contains(&prefix));
+            let kept = claims && held.other(prefix, node).is_none();
+            if kept {
+                held.insert(prefix, node.clone());
+            }
+            kept
+        });
+
+        let mut open = Vec::new();
+        let mut rivals = Ranges::default();
+        for (node, entry) in &self.entries {
+            for &prefix in &entry.claims.prefixes {
+                if self.prefixes.get(&prefix) == Some(node) {
+                    continue;
+                }
+                if let Some(holder) = held.other(prefix, node).cloned() {
+                    refused.push((node.clone(), Reason::PrefixHeld { prefix, holder }));
+                } else {
+                    rivals.insert(prefix, node.clone());
+                    open.push((prefix, node));
+                }
+            }
+        }
+        for (prefix, node) in open {
+            if let Some(rival) = rivals.other(prefix, node).cloned() {
+                refused.push((node.clone(), Reason::PrefixContested { prefix, rival }));
+            } else {
+                self.prefixes.insert(prefix, node.clone());
+            }
+        }
+        refused
+    }
+
+    /// What wants a look, in a fixed order.
+    fn problems(&self) -> Vec<Problem> {
+        let mut problems: BTreeSet<Problem> = self
+            .entries
+            .values()
+            .flat_map(|entry| entry.claims.problems.iter().cloned())
+            .collect();
+        for Unreadable { node, reason } in &self.unreadable {
+            problems.insert(Problem::Unreadable {
+                node: node.clone(),
+                reason: reason.clone(),
+            });
+        }
+        if let Some(Brake { missing, known, .. }) = &self.brake {
+            problems.insert(Problem::Brake {
+                missing: missing.clone(),
+                known: *known,
+            });
+        }
+        if self.left_out > 0 {
+            problems.insert(Problem::TooManyNodes(self.left_out));
+        }
+        if let Some(own) = &self.own {
+            let announced = own
+                .announcement
+                .as_deref()
+                .and_then(|raw| Announcement::parse(raw).ok());
+            if let Some(other) = announced.filter(|announced| announced.public_key != self.local.public_key) {
+                problems.insert(Problem::LocalKey(other.public_key));
+            }
+            for &prefix in own
+                .pod_prefixes
+                .iter()
+                .filter(|prefix| !self.local.pod_prefixes.contains(prefix))
+            {
+                problems.insert(Problem::LocalPrefix(prefix));
+            }
+        }
+        problems.into_iter().collect()
+    }
+}
+
+fn peer(announcement: &Announcement, pod_prefixes: BTreeSet<Prefix>, record: &Record) -> Peer {
+    Peer {
+        public_key: announcement.public_key,
+        endpoints: announcement.endpoints.clone(),
+        pod_prefixes,
+        addresses: record.addresses.clone(),
+        epoch: announcement.epoch,
+        backend: announcement.backend,
+    }
+}
+
+/// One record per node, and everything that is none.
+fn sort(list: Vec<Result<Record, Unreadable>>) -> (BTreeMap<NodeName, Record>, BTreeSet<Unreadable>) {
+    let mut records: BTreeMap<NodeName, Record> = BTreeMap::new();
+    let mut twice = BTreeSet::new();
+    let mut unreadable = BTreeSet::new();
+    for entry in list {
+        match entry {
+            Ok(record) => match records.get(&record.node) {
+                Some(first) if *first == record => {}
+                Some(_) => {
+                    twice.insert(record.node);
+                }
+                None => {
+                    records.insert(record.node.clone(), record);
+                }
+            },
+            Err(bad) => {
+                unreadable.insert(bad);
+            }
+        }
+    }
+    for node in twice {
+        records.remove(&node);
+        let reason = "the source lists it twice, with different words".to_owned();
+        unreadable.insert(Unreadable {
+            node: Some(node),
+            reason,
+        });
+    }
+    (records, unreadable)
+}
+
+/// `: a is b, c is d`, or nothing.
+fn list(bad: &[(SocketAddr, EndpointFlaw)]) -> String {
+    let each: Vec<String> = bad
+        .iter()
+        .map(|(endpoint, flaw)| format!("{endpoint}: {flaw}"))
+        .collect();
+    if each.is_empty() {
+        String::new()
+    } else {
+        format!(": {}", each.join(", "))
+    }
+}
+
+/// The first few names.
+fn names(nodes: &BTreeSet<NodeName>) -> String {
+    const SHOWN: usize = 5;
+    let mut shown: Vec<&str> = nodes.iter().take(SHOWN).map(NodeName::as_str).collect();
+    if nodes.len() > SHOWN {
+        shown.push("...");
+    }
+    shown.join(", ")
+}
+
+/// `node a: `, or nothing.
+fn of(node: Option<&NodeName>) -> String {
+    node.map(|node| format!("node {node}: ")).unwrap_or_default()
+}

@@ -1,0 +1,67 @@
+//! What the kernel holds of ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use netlink_packet_route::route::RouteMessage;
+use shroud_model::Prefix;
+
+use crate::{Route, Sysctl};
+
+/// What the kernel holds now, as far as it is ours or asked for in [`Desired`](crate::Desired).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The devices that are asked for and exist.
+    pub links: BTreeMap<String, LinkState>,
+    /// Every route in the main table that carries our protocol number.
+    pub routes: Vec<InstalledRoute>,
+    /// The settings that are asked for. `None`: this kernel, or this device, has no such setting.
+    pub sysctls: BTreeMap<Sysctl, Option<String>>,
+    /// Devices that hold routes learned from IPv6 router advertisements and have `accept_ra` = 1, which means "unless forwarding":
+    /// they would lose those routes when forwarding is switched on.
+    pub advertised: BTreeSet<String>,
+}
+
+/// One of our devices as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkState {
+    /// The interface index.
+    pub index: u32,
+    /// The MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Its addresses and their prefix lengths, link-local IPv6 addresses left out.
+    pub addresses: BTreeSet<(IpAddr, u8)>,
+}
+
+/// A route with our protocol number, as the kernel holds it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct InstalledRoute {
+    /// The addresses it carries.
+    pub destination: Prefix,
+    /// The route, when it has a shape we write; `None` for any other (blackhole, multipath, a metric, a type of service).
+    pub route: Option<Route>,
+    /// Whether it sits where a route of ours for this destination goes, so that the new one replaces it.
+    pub(crate) in_our_slot: bool,
+    /// A route of a shape we do not write, in words.
+    pub(crate) shape: String,
+    /// What names this route, and no other, when it is deleted.
+    pub(crate) message: RouteMessage,
+}
+
+impl fmt::Display for InstalledRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.route {
+            Some(route) => fmt::Display::fmt(route, f),
+            None => f.write_str(&self.shape),
+        }
+    }
+}
+
+impl fmt::Debug for InstalledRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}

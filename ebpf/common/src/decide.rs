@@ -1,0 +1,268 @@
+//! The decisions. One look-up for each address, one story from top to bottom.
+
+use crate::layout::{Entry, MODE_AUDIT, MODE_OFF, PATH_ENCRYPTED, PATH_LOCAL, PATH_NONE, Settings};
+use crate::packet::{Address, Flow, Packet, Shape, Upper};
+
+/// One generation of the gate's maps.
+pub trait Lookup {
+    /// The settings.
+    fn settings(&self) -> &Settings;
+    /// What is known of an address: the longest prefix that contains it, or [`Entry::default`].
+    fn entry(&self, address: &Address) -> Entry;
+}
+
+/// What happens to a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// It goes on as if we were not there.
+    Pass,
+    /// It goes into the encryption device with this interface index.
+    Redirect(u32),
+    /// It ends here.
+    Drop,
+}
+
+/// Why. The numbers are those in the maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Reason {
+    /// Not IP.
+    NotIp = 1,
+    /// Source or destination is not protected.
+    Unprotected = 2,
+    /// The tunnel's own encrypted packet.
+    Tunnel = 3,
+    /// Exempt by cluster configuration.
+    Plain = 4,
+    /// Protected, and encryption is switched off.
+    Off = 5,
+    /// Protected, and has an encrypted path.
+    Encrypted = 6,
+    /// Protected, but no node owns the destination.
+    UnknownNode = 7,
+    /// For a pod of this node, which must not leave the node to look for it.
+    Local = 8,
+    /// The owner is known, but has no usable key, was refused, or is shut out.
+    Fenced = 9,
+    /// There is no encryption device.
+    NoDevice = 10,
+    /// Protected traffic in an overlay packet, which does not travel encrypted.
+    Overlay = 11,
+    /// Came in from the underlay in the clear, from a protected source of another node.
+    ClearText = 12,
+    /// Came in from the underlay with the address of a pod of this node.
+    SpoofedSource = 13,
+    /// Says it is IP, but cannot be read.
+    Malformed = 14,
+}
+
+impl Reason {
+    /// Every reason, in the order of their numbers.
+    pub const ALL: [Self; 14] = [
+        Self::NotIp,
+        Self::Unprotected,
+        Self::Tunnel,
+        Self::Plain,
+        Self::Off,
+        Self::Encrypted,
+        Self::UnknownNode,
+        Self::Local,
+        Self::Fenced,
+        Self::NoDevice,
+        Self::Overlay,
+        Self::ClearText,
+        Self::SpoofedSource,
+        Self::Malformed,
+    ];
+
+    /// The reason with this number in a map.
+    pub fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
+    }
+
+    /// The reason as metrics and tables name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotIp => "not-ip",
+            Self::Unprotected => "unprotected",
+            Self::Tunnel => "tunnel",
+            Self::Plain => "plain",
+            Self::Off => "off",
+            Self::Encrypted => "encrypted",
+            Self::UnknownNode => "unknown-node",
+            Self::Local => "local",
+            Self::Fenced => "fenced",
+            Self::NoDevice => "no-device",
+            Self::Overlay => "overlay",
+            Self::ClearText => "clear-text",
+            Self::SpoofedSource => "spoofed-source",
+            Self::Malformed => "malformed",
+        }
+    }
+}
+
+/// What happens to a packet, why, and under which node it is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verdict {
+    /// What happens.
+    pub action: Action,
+    /// Why.
+    pub reason: Reason,
+    /// The other node's number: the destination's owner on egress, the source's on ingress; 0 for none.
+    pub node: u64,
+    /// The packet would have been dropped, but audit mode lets it pass.
+    pub audited: bool,
+}
+
+impl Verdict {
+    #[inline(always)]
+    fn pass(reason: Reason, node: u64) -> Self {
+        Self { action: Action::Pass, reason, node, audited: false }
+    }
+
+    /// A drop, as far as the mode allows it.
+    #[inline(always)]
+    fn refuse(settings: &Settings, reason: Reason, node: u64) -> Self {
+        if settings.mode == MODE_OFF {
+            return Self::pass(Reason::Off, node);
+        }
+        if settings.mode == MODE_AUDIT {
+            return Self { action: Action::Pass, reason, node, audited: true };
+        }
+        Self { action: Action::Drop, reason, node, audited: false }
+    }
+}
+
+/// Decides on a packet that is about to leave by an uplink. `mark` is the packet's mark.
+#[inline(always)]
+pub fn egress<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> Verdict {
+    let settings = lookup.settings();
+    match packet.shape {
+        Shape::NotIp => return Verdict::pass(Reason::NotIp, 0),
+        Shape::Unreadable => return Verdict::refuse(settings, Reason::Malformed, 0),
+        Shape::Ip | Shape::OverlayOfNotIp | Shape::OverlayOfUnreadable | Shape::OverlayOfIp => {}
+    }
+    let outer = &packet.outer;
+    let destination = lookup.entry(&outer.destination);
+    // A mark is only a claim: whoever holds CAP_NET_ADMIN can set it. It excuses nothing that is for a pod.
+    if settings.is_tunnel_mark(mark) && leaves_the_tunnel(outer, settings) && !destination.is_protected() {
+        return Verdict::pass(Reason::Tunnel, 0);
+    }
+    let source = lookup.entry(&outer.source);
+    let verdict = egress_flow(settings, mark, &source, &destination, false);
+    if verdict.reason != Reason::Unprotected {
+        return verdict;
+    }
+    if packet.shape == Shape::OverlayOfIp {
+        let destination = lookup.entry(&packet.inner.destination);
+        let source = lookup.entry(&packet.inner.source);
+        return egress_flow(settings, mark, &source, &destination, true);
+    }
+    if is_hidden(packet, settings) {
+        return Verdict::refuse(settings, Reason::Malformed, 0);
+    }
+    verdict
+}
+
+#[inline(always)]
+fn egress_flow(settings: &Settings, mark: u32, source: &Entry, destination: &Entry, in_overlay: bool) -> Verdict {
+    let node = destination.node;
+    if settings.is_plain_mark(mark) && (source.is_exempt() || destination.is_exempt()) {
+        return Verdict::pass(Reason::Plain, node);
+    }
+    if !source.is_protected() || !destination.is_protected() {
+        return Verdict::pass(Reason::Unprotected, 0);
+    }
+    if settings.mode == MODE_OFF {
+        return Verdict::pass(Reason::Off, node);
+    }
+    match destination.path {
+        PATH_NONE => Verdict::refuse(settings, Reason::UnknownNode, node),
+        PATH_LOCAL => Verdict::refuse(settings, Reason::Local, node),
+        // Outer addresses would lead the redirected packet to the wrong peer, or to none.
+        PATH_ENCRYPTED if in_overlay => Verdict::refuse(settings, Reason::Overlay, node),
+        PATH_ENCRYPTED if settings.encryption_device == 0 => Verdict::refuse(settings, Reason::NoDevice, node),
+        PATH_ENCRYPTED => Verdict {
+            action: Action::Redirect(settings.encryption_device),
+            reason: Reason::Encrypted,
+            node,
+            audited: false,
+        },
+        // PATH_FENCED, and whatever a newer writer may mean by another number.
+        _ => Verdict::refuse(settings, Reason::Fenced, node),
+    }
+}
+
+/// Decides on a packet that came in by an uplink. What the tunnel decrypts comes in by another device, so all of this is in the clear.
+#[inline(always)]
+pub fn ingress<L: Lookup>(packet: &Packet, lookup: &L) -> Verdict {
+    let settings = lookup.settings();
+    match packet.shape {
+        Shape::NotIp => return Verdict::pass(Reason::NotIp, 0),
+        Shape::Unreadable => return Verdict::refuse(settings, Reason::Malformed, 0),
+        Shape::Ip | Shape::OverlayOfNotIp | Shape::OverlayOfUnreadable | Shape::OverlayOfIp => {}
+    }
+    let outer = &packet.outer;
+    let verdict = ingress_flow(lookup, outer);
+    if verdict.reason != Reason::Unprotected {
+        return verdict;
+    }
+    if enters_the_tunnel(outer, settings) {
+        return Verdict::pass(Reason::Tunnel, 0);
+    }
+    if packet.shape == Shape::OverlayOfIp {
+        return ingress_flow(lookup, &packet.inner);
+    }
+    if is_hidden(packet, settings) {
+        return Verdict::refuse(settings, Reason::Malformed, 0);
+    }
+    verdict
+}
+
+#[inline(always)]
+fn ingress_flow<L: Lookup>(lookup: &L, flow: &Flow) -> Verdict {
+    let settings = lookup.settings();
+    let source = lookup.entry(&flow.source);
+    if !source.is_protected() {
+        return Verdict::pass(Reason::Unprotected, 0);
+    }
+    let node = source.node;
+    if source.is_exempt() || lookup.entry(&flow.destination).is_exempt() {
+        return Verdict::pass(Reason::Plain, node);
+    }
+    if source.path == PATH_LOCAL {
+        return Verdict::refuse(settings, Reason::SpoofedSource, node);
+    }
+    Verdict::refuse(settings, Reason::ClearText, node)
+}
+
+/// The mark with which a packet goes on that came from a pod: without our bits, and plain if the cluster's configuration says so.
+#[inline(always)]
+pub fn pod_mark<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> u32 {
+    let settings = lookup.settings();
+    let cleared = mark & !(settings.tunnel_mask | settings.plain_mask);
+    if packet.flow().is_none() {
+        return cleared;
+    }
+    if lookup.entry(&packet.outer.source).is_exempt() || lookup.entry(&packet.outer.destination).is_exempt() {
+        return cleared | settings.plain_mark;
+    }
+    cleared
+}
+
+#[inline(always)]
+fn leaves_the_tunnel(flow: &Flow, settings: &Settings) -> bool {
+    flow.is_udp() && flow.source_port == settings.listen_port
+}
+
+#[inline(always)]
+fn enters_the_tunnel(flow: &Flow, settings: &Settings) -> bool {
+    flow.is_udp() && flow.destination_port == settings.listen_port
+}
+
+/// Whether this is, or could be, an overlay packet with something inside that we cannot read.
+#[inline(always)]
+fn is_hidden(packet: &Packet, settings: &Settings) -> bool {
+    packet.shape == Shape::OverlayOfUnreadable
+        || (settings.has_overlay() && matches!(packet.outer.upper, Upper::Unreadable))
+}

@@ -1,0 +1,367 @@
+//! The bytes in the gate's maps: fixed sizes, no padding, ports and addresses in network order.
+//!
+//! Two builds of Shroud meet here during an upgrade. A change that an older program would misread needs a new [`LAYOUT_VERSION`], which
+//! is part of the pin path, so that both generations of maps exist side by side until the new program is attached.
+
+use crate::packet::{Address, Direction, Family};
+
+/// The version of everything in this file; part of the pin path.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Mode: protected traffic without an encrypted path is dropped. Any number that is not listed here means the same.
+pub const MODE_ENFORCE: u32 = 1;
+/// Mode: what can be encrypted is; what would be dropped passes and is counted.
+pub const MODE_AUDIT: u32 = 2;
+/// Mode: everything passes; protected traffic is counted.
+pub const MODE_OFF: u32 = 3;
+
+/// Path: no owner.
+pub const PATH_NONE: u8 = 0;
+/// Path: pods of this node.
+pub const PATH_LOCAL: u8 = 1;
+/// Path: through the encryption device.
+pub const PATH_ENCRYPTED: u8 = 2;
+/// Path: known, but not to be reached. Any number that is not listed here means the same.
+pub const PATH_FENCED: u8 = 3;
+
+/// How many overlay ports of each kind the settings hold.
+pub const PORTS: usize = 4;
+
+/// The bits of a [`PrefixKey`] before the address: generation, family, and the reserved bytes.
+pub const PREFIX_KEY_BITS: u32 = 32;
+
+/// What an [`Entry`] says of the addresses it covers.
+pub mod flag {
+    /// The addresses are in a protected range.
+    pub const PROTECTED: u8 = 1;
+    /// Cluster configuration exempts the addresses.
+    pub const EXEMPT: u8 = 2;
+    /// This very prefix was declared protected (it did not inherit it from a shorter one).
+    pub const DECLARED_PROTECTED: u8 = 4;
+    /// This very prefix was declared exempt.
+    pub const DECLARED_EXEMPT: u8 = 8;
+    /// This very prefix was declared to have the owner.
+    pub const DECLARED_OWNER: u8 = 16;
+}
+
+/// One generation of settings.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// [`LAYOUT_VERSION`], or 0 while nothing was ever written.
+    pub version: u32,
+    /// One of the `MODE_` numbers.
+    pub mode: u32,
+    /// The encryption device's interface index, 0 for none.
+    pub encryption_device: u32,
+    /// The bits of the tunnel mark.
+    pub tunnel_mark: u32,
+    /// Which bits the tunnel mark may use; 0 for no mark.
+    pub tunnel_mask: u32,
+    /// The bits of the plain mark.
+    pub plain_mark: u32,
+    /// Which bits the plain mark may use; 0 for no mark.
+    pub plain_mask: u32,
+    /// The tunnel's UDP port, network order.
+    pub listen_port: [u8; 2],
+    /// Not used, zero.
+    pub reserved: [u8; 2],
+    /// UDP destination ports that carry VXLAN, network order, zero for none.
+    pub vxlan_ports: [[u8; 2]; PORTS],
+    /// UDP destination ports that carry Geneve, network order, zero for none.
+    pub geneve_ports: [[u8; 2]; PORTS],
+}
+
+impl Settings {
+    /// Whether any overlay port is configured, so that an unreadable UDP header cannot be waved through.
+    #[inline(always)]
+    pub fn has_overlay(&self) -> bool {
+        self.vxlan_ports[0] != [0, 0] || self.geneve_ports[0] != [0, 0]
+    }
+
+    /// Whether a packet's mark is the tunnel's.
+    #[inline(always)]
+    pub fn is_tunnel_mark(&self, mark: u32) -> bool {
+        self.tunnel_mask != 0 && mark & self.tunnel_mask == self.tunnel_mark
+    }
+
+    /// Whether a packet's mark is the plain one.
+    #[inline(always)]
+    pub fn is_plain_mark(&self, mark: u32) -> bool {
+        self.plain_mask != 0 && mark & self.plain_mask == self.plain_mark
+    }
+}
+
+/// The data of a longest-prefix key; its prefix length is [`PREFIX_KEY_BITS`] plus the length of the prefix.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PrefixKey {
+    /// Which generation of the table the entry belongs to.
+    pub generation: u8,
+    /// The number of the [`Family`].
+    pub family: u8,
+    /// Not used, zero.
+    pub reserved: [u8; 2],
+    /// The address; an IPv4 one in the first four bytes, then zeroes.
+    pub address: [u8; 16],
+}
+
+impl PrefixKey {
+    /// The key under which an address is looked up.
+    #[inline(always)]
+    pub fn new(generation: u8, address: &Address) -> Self {
+        Self { generation, family: address.family.number(), reserved: [0; 2], address: address.bytes }
+    }
+}
+
+/// All that the gate knows of a prefix. Shorter prefixes are already folded in, so that one look-up is enough.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// The owner's number, 0 for none.
+    pub node: u64,
+    /// One of the `PATH_` numbers.
+    pub path: u8,
+    /// Bits of [`flag`].
+    pub flags: u8,
+    /// Not used, zero.
+    pub reserved: [u8; 6],
+}
+
+impl Entry {
+    /// Whether the addresses are protected.
+    #[inline(always)]
+    pub fn is_protected(&self) -> bool {
+        self.flags & flag::PROTECTED != 0
+    }
+
+    /// Whether the addresses are exempt.
+    #[inline(always)]
+    pub fn is_exempt(&self) -> bool {
+        self.flags & flag::EXEMPT != 0
+    }
+}
+
+/// What a counter counts.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CounterKey {
+    /// The other node's number: the destination's owner on egress, the source's on ingress; 0 for none.
+    pub node: u64,
+    /// [`crate::Reason`] as a number.
+    pub reason: u8,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// The number of the [`Family`], 0 when the packet could not be read.
+    pub family: u8,
+    /// 1 when the packet would have been dropped, but audit mode let it pass.
+    pub audited: u8,
+    /// Not used, zero.
+    pub reserved: [u8; 4],
+}
+
+/// What was counted on one CPU.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Packets as they would be on the wire: segments of a large one count each.
+    pub packets: u64,
+    /// Bytes, with the link-layer header.
+    pub bytes: u64,
+}
+
+/// A packet that was dropped, or would have been.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DropEvent {
+    /// Source address, as in [`Address`]. Of the inner packet, when there is one.
+    pub source: [u8; 16],
+    /// Destination address.
+    pub destination: [u8; 16],
+    /// As in [`CounterKey`].
+    pub node: u64,
+    /// The device the program runs on.
+    pub device: u32,
+    /// Source port, network order, 0 when there is none.
+    pub source_port: [u8; 2],
+    /// Destination port, network order, 0 when there is none.
+    pub destination_port: [u8; 2],
+    /// The number of the [`Family`], 0 when the packet could not be read.
+    pub family: u8,
+    /// IP protocol number, 0 when it could not be read.
+    pub protocol: u8,
+    /// [`crate::Reason`] as a number.
+    pub reason: u8,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// As in [`CounterKey`].
+    pub audited: u8,
+    /// Not used, zero.
+    pub reserved: [u8; 3],
+}
+
+// The kernel hands values over as bytes. These conversions are the one place that says which byte is what on the user-space side; the
+// program side is `repr(C)`, and the test at the end compares the two.
+
+impl Settings {
+    /// As the kernel stores it.
+    pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
+        let words = [
+            self.version,
+            self.mode,
+            self.encryption_device,
+            self.tunnel_mark,
+            self.tunnel_mask,
+            self.plain_mark,
+            self.plain_mask,
+        ];
+        let mut bytes = [0; size_of::<Self>()];
+        let (numbers, ports) = bytes.split_at_mut(28);
+        for (to, word) in numbers.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+            *to = word.to_ne_bytes();
+        }
+        let all = [self.listen_port, self.reserved].into_iter().chain(self.vxlan_ports).chain(self.geneve_ports);
+        for (to, port) in ports.as_chunks_mut::<2>().0.iter_mut().zip(all) {
+            *to = port;
+        }
+        bytes
+    }
+
+    /// From what the kernel stores.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        let word = |index: usize| u32::from_ne_bytes(part(bytes, index * 4));
+        let port = |index: usize| part(bytes, 28 + index * 2);
+        Self {
+            version: word(0),
+            mode: word(1),
+            encryption_device: word(2),
+            tunnel_mark: word(3),
+            tunnel_mask: word(4),
+            plain_mark: word(5),
+            plain_mask: word(6),
+            listen_port: port(0),
+            reserved: port(1),
+            vxlan_ports: core::array::from_fn(|index| port(2 + index)),
+            geneve_ports: core::array::from_fn(|index| port(2 + PORTS + index)),
+        }
+    }
+}
+
+impl PrefixKey {
+    /// As the kernel stores it.
+    pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
+        let mut bytes = [0; size_of::<Self>()];
+        bytes[0] = self.generation;
+        bytes[1] = self.family;
+        bytes[4..].copy_from_slice(&self.address);
+        bytes
+    }
+
+    /// From what the kernel stores.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        Self { generation: bytes[0], family: bytes[1], reserved: part(bytes, 2), address: part(bytes, 4) }
+    }
+}
+
+impl Entry {
+    /// As the kernel stores it.
+    pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
+        let mut bytes = [0; size_of::<Self>()];
+        bytes[..8].copy_from_slice(&self.node.to_ne_bytes());
+        bytes[8] = self.path;
+        bytes[9] = self.flags;
+        bytes
+    }
+
+    /// From what the kernel stores.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        Self { node: u64::from_ne_bytes(part(bytes, 0)), path: bytes[8], flags: bytes[9], reserved: part(bytes, 10) }
+    }
+}
+
+impl CounterKey {
+    /// From what the kernel stores.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        Self {
+            node: u64::from_ne_bytes(part(bytes, 0)),
+            reason: bytes[8],
+            direction: bytes[9],
+            family: bytes[10],
+            audited: bytes[11],
+            reserved: part(bytes, 12),
+        }
+    }
+}
+
+impl Count {
+    /// From what the kernel stores.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        Self { packets: u64::from_ne_bytes(part(bytes, 0)), bytes: u64::from_ne_bytes(part(bytes, 8)) }
+    }
+}
+
+impl DropEvent {
+    /// From what the kernel stores.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        Self {
+            source: part(bytes, 0),
+            destination: part(bytes, 16),
+            node: u64::from_ne_bytes(part(bytes, 32)),
+            device: u32::from_ne_bytes(part(bytes, 40)),
+            source_port: part(bytes, 44),
+            destination_port: part(bytes, 46),
+            family: bytes[48],
+            protocol: bytes[49],
+            reason: bytes[50],
+            direction: bytes[51],
+            audited: bytes[52],
+            reserved: part(bytes, 53),
+        }
+    }
+}
+
+/// `N` bytes at a fixed place of a fixed size.
+fn part<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
+    core::array::from_fn(|index| bytes[offset + index])
+}
+
+impl Family {
+    /// The family's number in the maps.
+    #[inline(always)]
+    pub fn number(self) -> u8 {
+        match self {
+            Self::V4 => 4,
+            Self::V6 => 6,
+        }
+    }
+
+    /// The family with this number in a map.
+    pub fn from_number(number: u8) -> Option<Self> {
+        match number {
+            4 => Some(Self::V4),
+            6 => Some(Self::V6),
+            _ => None,
+        }
+    }
+}
+
+impl Direction {
+    /// The direction with this number in a map.
+    pub fn from_number(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Egress),
+            2 => Some(Self::Ingress),
+            _ => None,
+        }
+    }
+}
+
+// A hole would be uninitialised memory in a map key, which the kernel's verifier refuses or, worse, compares.
+const _: () = {
+    assert!(size_of::<Settings>() == 4 * 7 + 4 + 2 * 2 * PORTS);
+    assert!(size_of::<PrefixKey>() == 20);
+    assert!(size_of::<Entry>() == 16);
+    assert!(size_of::<CounterKey>() == 16);
+    assert!(size_of::<Count>() == 16);
+    assert!(size_of::<DropEvent>() == 56);
+};

@@ -1,0 +1,261 @@
+//! The decisions, on the host. The same packets go through the loaded program in `ebpf/tests/kernel`.
+
+#![allow(missing_docs, reason = "tests")]
+
+mod cases;
+mod packet;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use cases::{Case, DEVICE, Fate, LISTEN_PORT, MASK, PLAIN, TUNNEL, cases};
+use packet::{echo, ethernet, udp};
+use proptest::prelude::*;
+use shroud_gate::{
+    Action, Address, Direction, Entry, Family, LAYOUT_VERSION, Link, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF,
+    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, Packet, Reason, Settings, Verdict, egress, flag, ingress, pod_mark,
+};
+
+#[test]
+fn enforce_does_to_each_packet_what_it_must() {
+    let maps = Maps::new(MODE_ENFORCE);
+
+    for case in cases() {
+        let (action, reason) = match case.fate {
+            Fate::Pass(reason) => (Action::Pass, reason),
+            Fate::Redirect => (Action::Redirect(DEVICE), Reason::Encrypted),
+            Fate::Drop(reason) => (Action::Drop, reason),
+        };
+        let expected = Verdict { action, reason, node: case.node, audited: false };
+        assert_eq!(decide(&case, &maps), expected, "{}", case.name);
+    }
+}
+
+#[test]
+fn audit_drops_nothing_but_still_encrypts() {
+    let maps = Maps::new(MODE_AUDIT);
+
+    for case in cases() {
+        let (action, reason, audited) = match case.fate {
+            Fate::Pass(reason) => (Action::Pass, reason, false),
+            Fate::Redirect => (Action::Redirect(DEVICE), Reason::Encrypted, false),
+            Fate::Drop(reason) => (Action::Pass, reason, true),
+        };
+        let expected = Verdict { action, reason, node: case.node, audited };
+        assert_eq!(decide(&case, &maps), expected, "{}", case.name);
+    }
+}
+
+#[test]
+fn off_lets_everything_pass_and_counts_what_is_protected() {
+    let maps = Maps::new(MODE_OFF);
+
+    for case in cases() {
+        let reason = match case.fate {
+            Fate::Pass(reason) => reason,
+            Fate::Redirect | Fate::Drop(_) => Reason::Off,
+        };
+        let expected = Verdict { action: Action::Pass, reason, node: case.node, audited: false };
+        assert_eq!(decide(&case, &maps), expected, "{}", case.name);
+    }
+}
+
+#[test]
+fn without_an_encryption_device_protected_traffic_is_dropped() {
+    let mut maps = Maps::new(MODE_ENFORCE);
+    maps.settings.encryption_device = 0;
+
+    let verdict = egress(&parse(&ethernet(&echo("10.244.1.2", "10.244.2.2")), &maps), 0, &maps);
+
+    assert_eq!(verdict, Verdict { action: Action::Drop, reason: Reason::NoDevice, node: 2, audited: false });
+}
+
+#[test]
+fn a_number_nobody_knows_yet_is_read_as_the_safe_one() {
+    let mut maps = Maps::new(99);
+    maps.entries.get_mut(&("10.244.2.0".parse().unwrap(), 24)).unwrap().path = 99;
+
+    let verdict = egress(&parse(&ethernet(&echo("10.244.1.2", "10.244.2.2")), &maps), 0, &maps);
+
+    assert_eq!(verdict, Verdict { action: Action::Drop, reason: Reason::Fenced, node: 2, audited: false });
+}
+
+#[test]
+fn a_device_without_ethernet_is_read_from_the_first_byte() {
+    let maps = Maps::new(MODE_ENFORCE);
+    let packet = |bytes: &[u8]| Packet::parse(&mut &bytes[..], Link::Ip, &maps.settings);
+
+    for bytes in [echo("10.244.1.2", "10.244.2.2"), echo("fd00:10:244:1::2", "fd00:10:244:2::2")] {
+        assert_eq!(egress(&packet(&bytes), 0, &maps).action, Action::Redirect(DEVICE));
+    }
+    assert_eq!(egress(&packet(&[0x15; 60]), 0, &maps).reason, Reason::NotIp);
+    assert_eq!(egress(&packet(&[]), 0, &maps).reason, Reason::Malformed);
+}
+
+#[test]
+fn a_pod_cannot_mark_its_own_packets() {
+    let maps = Maps::new(MODE_ENFORCE);
+    let mark = |source, destination, mark| pod_mark(&parse(&ethernet(&echo(source, destination)), &maps), mark, &maps);
+
+    assert_eq!(mark("10.244.1.2", "10.244.2.2", TUNNEL | 0x4000), 0x4000);
+    assert_eq!(mark("10.244.1.2", "10.244.2.2", PLAIN), 0);
+    assert_eq!(mark("10.244.1.7", "10.244.2.2", 0x4000), 0x4000 | PLAIN);
+    assert_eq!(mark("10.244.1.2", "10.244.1.7", TUNNEL), PLAIN);
+    assert_eq!(pod_mark(&parse(&packet::frame(0x0806, &[0; 28]), &maps), MASK | 1, &maps), 1);
+}
+
+#[test]
+fn a_reason_survives_its_number() {
+    for (index, reason) in Reason::ALL.into_iter().enumerate() {
+        assert_eq!(reason as usize, index + 1);
+        assert_eq!(Reason::from_number(reason as u8), Some(reason));
+    }
+    assert_eq!(Reason::from_number(0), None);
+    assert_eq!(Reason::from_number(15), None);
+}
+
+#[test]
+fn settings_and_entries_survive_their_bytes() {
+    let settings = Maps::new(MODE_AUDIT).settings;
+    let entry = Entry { node: 0x0102_0304_0506_0708, path: PATH_FENCED, flags: 31, reserved: [0; 6] };
+
+    assert_eq!(Settings::from_bytes(&settings.to_bytes()), settings);
+    assert_eq!(Entry::from_bytes(&entry.to_bytes()), entry);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(4096) })]
+
+    #[test]
+    fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), mark: u32, ethernet: bool) {
+        let maps = Maps::new(MODE_ENFORCE);
+        let link = if ethernet { Link::Ethernet } else { Link::Ip };
+
+        let packet = Packet::parse(&mut &bytes[..], link, &maps.settings);
+
+        egress(&packet, mark, &maps);
+        ingress(&packet, &maps);
+        pod_mark(&packet, mark, &maps);
+    }
+
+    #[test]
+    fn no_change_of_a_good_packet_makes_it_panic(
+        index: prop::sample::Index, changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), mark: u32,
+    ) {
+        let maps = Maps::new(MODE_ENFORCE);
+        let mut case = cases().swap_remove(index.index(cases().len()));
+        for (place, byte) in changes {
+            let place = place.index(case.frame.len());
+            case.frame[place] = byte;
+        }
+        case.mark = mark;
+
+        decide(&case, &maps);
+    }
+
+    /// The sentence that the project lives by.
+    #[test]
+    fn between_protected_addresses_nothing_passes_in_the_clear(
+        source in protected(), destination in protected(), ports: (u16, u16), mark: u32, protocol: u8,
+    ) {
+        let maps = Maps::new(MODE_ENFORCE);
+        let bytes = match protocol {
+            0..128 => udp(&source, &destination, ports, b"payload"),
+            128.. => packet::ip(&source, &destination, protocol, &[0; 40]),
+        };
+
+        let verdict = egress(&parse(&ethernet(&bytes), &maps), mark, &maps);
+
+        let exempt = mark & MASK == PLAIN && (source == EXEMPT || destination == EXEMPT);
+        prop_assert_eq!(verdict.action == Action::Pass, exempt, "{:?}", verdict);
+    }
+
+    #[test]
+    fn nothing_comes_in_from_a_protected_address(source in protected(), destination: [u8; 4], ports: (u16, u16)) {
+        let maps = Maps::new(MODE_ENFORCE);
+        let destination = IpAddr::from(destination).to_string();
+
+        let verdict = ingress(&parse(&ethernet(&udp(&source, &destination, ports, b"payload")), &maps), &maps);
+
+        let exempt = source == EXEMPT || destination == EXEMPT;
+        prop_assert_eq!(verdict.action == Action::Pass, exempt, "{:?}", verdict);
+    }
+}
+
+const EXEMPT: &str = "10.244.1.7";
+
+fn protected() -> impl Strategy<Value = String> {
+    (0u8..12, 0u8..12).prop_map(|(node, pod)| format!("10.244.{node}.{pod}"))
+}
+
+fn decide(case: &Case, maps: &Maps) -> Verdict {
+    let packet = parse(&case.frame, maps);
+    match case.direction {
+        Direction::Egress => egress(&packet, case.mark, maps),
+        Direction::Ingress => ingress(&packet, maps),
+    }
+}
+
+fn parse(frame: &[u8], maps: &Maps) -> Packet {
+    Packet::parse(&mut &frame[..], Link::Ethernet, &maps.settings)
+}
+
+struct Maps {
+    settings: Settings,
+    entries: BTreeMap<(IpAddr, u8), Entry>,
+}
+
+impl Maps {
+    fn new(mode: u32) -> Self {
+        let port = |port: u16| port.to_be_bytes();
+        let settings = Settings {
+            version: LAYOUT_VERSION,
+            mode,
+            encryption_device: DEVICE,
+            tunnel_mark: TUNNEL,
+            tunnel_mask: MASK,
+            plain_mark: PLAIN,
+            plain_mask: MASK,
+            listen_port: port(LISTEN_PORT),
+            reserved: [0; 2],
+            vxlan_ports: [port(4789), port(8472), [0; 2], [0; 2]],
+            geneve_ports: [port(6081), [0; 2], [0; 2], [0; 2]],
+        };
+        let entries = [
+            ("10.244.0.0", 16, 0, 0, flag::PROTECTED),
+            ("fd00:10:244::", 48, 0, 0, flag::PROTECTED),
+            ("10.244.1.0", 24, 1, PATH_LOCAL, flag::PROTECTED),
+            ("fd00:10:244:1::", 64, 1, PATH_LOCAL, flag::PROTECTED),
+            ("10.244.2.0", 24, 2, PATH_ENCRYPTED, flag::PROTECTED),
+            ("fd00:10:244:2::", 64, 2, PATH_ENCRYPTED, flag::PROTECTED),
+            ("10.244.3.0", 24, 3, PATH_FENCED, flag::PROTECTED),
+            ("fd00:10:244:3::", 64, 3, PATH_FENCED, flag::PROTECTED),
+            (EXEMPT, 32, 1, PATH_LOCAL, flag::PROTECTED | flag::EXEMPT),
+        ];
+        let entries = entries
+            .map(|(address, length, node, path, flags)| {
+                ((address.parse().unwrap(), length), Entry { node, path, flags, reserved: [0; 6] })
+            })
+            .into();
+        Self { settings, entries }
+    }
+}
+
+impl Lookup for Maps {
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn entry(&self, address: &Address) -> Entry {
+        let covers = |prefix: &IpAddr, length: u8| {
+            let (family, bytes) = match prefix {
+                IpAddr::V4(ip) => (Family::V4, ip.octets().to_vec()),
+                IpAddr::V6(ip) => (Family::V6, ip.octets().to_vec()),
+            };
+            let whole = usize::from(length / 8);
+            family == address.family && bytes[..whole] == address.bytes[..whole]
+        };
+        let found = self.entries.iter().filter(|((prefix, length), _)| covers(prefix, *length));
+        found.max_by_key(|((_, length), _)| *length).map(|(_, entry)| *entry).unwrap_or_default()
+    }
+}

@@ -1,0 +1,311 @@
+//! The gate's BPF program: reads a packet, asks `shroud-gate` what to do, does it, counts it.
+//!
+//! ```text
+//!   pod device ──> pod ──> stack ──> egress ──> uplink          (egress: pass, redirect into the encryption device, or drop)
+//!                                    ingress <── uplink          (ingress: pass or drop)
+//! ```
+//!
+//! No helper newer than Linux 5.8, no loop the verifier has to guess, so that the same object runs on 6.1 and later. It decides nothing
+//! itself and remembers nothing but counters.
+
+#![no_std]
+#![no_main]
+
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_skb_load_bytes};
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{Array, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya_ebpf::programs::TcContext;
+use shroud_gate::{
+    Action, Address, Bytes, Count, CounterKey, Direction, DropEvent, Entry, Family, LONGEST_READ, Link, Lookup, PREFIX_KEY_BITS, Packet, PrefixKey,
+    Reason, Settings, Verdict,
+};
+
+/// Both generations of the table; a key begins with its generation.
+#[map]
+static PREFIXES: LpmTrie<PrefixKey, Entry> = LpmTrie::with_max_entries(262_144, 0);
+
+/// The settings of both generations.
+#[map]
+static SETTINGS: Array<Settings> = Array::with_max_entries(2, 0);
+
+/// Which generation is in force. Written last.
+#[map]
+static ACTIVE: Array<u32> = Array::with_max_entries(1, 0);
+
+/// What was decided, by node, reason, direction and family.
+#[map]
+static COUNTERS: PerCpuHashMap<CounterKey, Count> = PerCpuHashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// What was dropped.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// How many events this CPU has sent in the current second.
+#[map]
+static EVENT_BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
+
+const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// A flood of dropped packets must not become a flood of events: counters tell how many, events tell who.
+const EVENTS_PER_SECOND: u64 = 100;
+
+#[repr(C)]
+struct Budget {
+    second: u64,
+    spent: u64,
+}
+
+#[classifier]
+pub fn shroud_egress(ctx: TcContext) -> i32 {
+    egress(&ctx, Link::Ethernet)
+}
+
+#[classifier]
+pub fn shroud_ingress(ctx: TcContext) -> i32 {
+    ingress(&ctx, Link::Ethernet)
+}
+
+#[classifier]
+pub fn shroud_pod(ctx: TcContext) -> i32 {
+    pod(&ctx, Link::Ethernet)
+}
+
+#[classifier]
+pub fn shroud_l3_out(ctx: TcContext) -> i32 {
+    egress(&ctx, Link::Ip)
+}
+
+#[classifier]
+pub fn shroud_l3_in(ctx: TcContext) -> i32 {
+    ingress(&ctx, Link::Ip)
+}
+
+#[classifier]
+pub fn shroud_l3_pod(ctx: TcContext) -> i32 {
+    pod(&ctx, Link::Ip)
+}
+
+#[inline(always)]
+fn egress(ctx: &TcContext, link: Link) -> i32 {
+    // The kernel always finds the one entry of an array; the verifier wants to hear what if not.
+    let Some(table) = Table::active() else { return TC_ACT_SHOT };
+    let mut packet = Packet::NOT_IP;
+    read(ctx, link, table.settings, &mut packet);
+    let verdict = shroud_gate::egress(&packet, mark(ctx), &table);
+    settle(ctx, Direction::Egress, &packet, &verdict)
+}
+
+#[inline(always)]
+fn ingress(ctx: &TcContext, link: Link) -> i32 {
+    let Some(table) = Table::active() else { return TC_ACT_SHOT };
+    let mut packet = Packet::NOT_IP;
+    read(ctx, link, table.settings, &mut packet);
+    let verdict = shroud_gate::ingress(&packet, &table);
+    settle(ctx, Direction::Ingress, &packet, &verdict)
+}
+
+#[inline(always)]
+fn pod(ctx: &TcContext, link: Link) -> i32 {
+    let Some(table) = Table::active() else { return TC_ACT_UNSPEC };
+    let mut packet = Packet::NOT_IP;
+    read(ctx, link, table.settings, &mut packet);
+    let old = mark(ctx);
+    let new = shroud_gate::pod_mark(&packet, old, &table);
+    if new != old {
+        ctx.skb.set_mark(new);
+    }
+    TC_ACT_UNSPEC
+}
+
+// What is not inlined below is so because of the stack: 512 bytes for all, and the optimizer fills them with loose bytes of addresses
+// wherever it can see through a call.
+
+#[inline(never)]
+fn read(ctx: &TcContext, link: Link, settings: &Settings, packet: &mut Packet) {
+    packet.read(&mut Skb::new(ctx), link, settings);
+}
+
+/// Counts the verdict and turns it into a return code. Passing is `TC_ACT_UNSPEC` ("go on"), so that programs behind ours still run.
+#[inline(always)]
+fn settle(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verdict) -> i32 {
+    if verdict.reason == Reason::NotIp {
+        return TC_ACT_UNSPEC;
+    }
+    count(ctx, direction, packet, verdict);
+    if verdict.action == Action::Drop || verdict.audited {
+        report(ctx, direction, packet, verdict);
+    }
+    match verdict.action {
+        Action::Pass => TC_ACT_UNSPEC,
+        Action::Redirect(device) => redirect(device),
+        Action::Drop => TC_ACT_SHOT,
+    }
+}
+
+#[inline(always)]
+fn redirect(device: u32) -> i32 {
+    // SAFETY: the helper takes two numbers. It answers TC_ACT_REDIRECT, or TC_ACT_SHOT for flags it does not know.
+    (unsafe { bpf_redirect(device, 0) }) as i32
+}
+
+#[inline(never)]
+fn count(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verdict) {
+    let key = CounterKey {
+        node: verdict.node,
+        reason: verdict.reason as u8,
+        direction: direction as u8,
+        family: family(packet),
+        audited: verdict.audited as u8,
+        reserved: [0; 4],
+    };
+    // SAFETY: the context the kernel passed is a valid `__sk_buff`.
+    let (length, segments) = unsafe { (u64::from((*ctx.skb.skb).len), u64::from((*ctx.skb.skb).gso_segs)) };
+    let packets = if segments == 0 { 1 } else { segments };
+    if COUNTERS.get_ptr_mut(key).is_none() {
+        // A full map costs us a count, never a packet.
+        let _ = COUNTERS.insert(key, Count { packets: 0, bytes: 0 }, 0);
+    }
+    let Some(count) = COUNTERS.get_ptr_mut(key) else { return };
+    // SAFETY: the map gave us this CPU's value, which nobody else writes while we run.
+    unsafe {
+        (*count).packets += packets;
+        (*count).bytes += length;
+    }
+}
+
+#[inline(never)]
+fn report(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verdict) {
+    if !afford_an_event() {
+        return;
+    }
+    let mut event = DropEvent {
+        source: [0; 16],
+        destination: [0; 16],
+        node: verdict.node,
+        // SAFETY: the context the kernel passed is a valid `__sk_buff`.
+        device: unsafe { (*ctx.skb.skb).ifindex },
+        source_port: [0; 2],
+        destination_port: [0; 2],
+        family: family(packet),
+        protocol: 0,
+        reason: verdict.reason as u8,
+        direction: direction as u8,
+        audited: verdict.audited as u8,
+        reserved: [0; 3],
+    };
+    if let Some(flow) = packet.flow() {
+        event.source = flow.source.bytes;
+        event.destination = flow.destination.bytes;
+        event.protocol = flow.protocol;
+        event.source_port = flow.source_port;
+        event.destination_port = flow.destination_port;
+    }
+    // A full buffer costs us an event, never a packet.
+    let _ = EVENTS.output::<DropEvent>(&event, 0);
+}
+
+#[inline(always)]
+fn afford_an_event() -> bool {
+    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return false };
+    // SAFETY: the helper takes nothing and gives a number; the map gave us this CPU's value, which nobody else writes while we run.
+    unsafe {
+        let second = bpf_ktime_get_ns() / 1_000_000_000;
+        if (*budget).second != second {
+            (*budget).second = second;
+            (*budget).spent = 0;
+        }
+        (*budget).spent += 1;
+        (*budget).spent <= EVENTS_PER_SECOND
+    }
+}
+
+#[inline(always)]
+fn family(packet: &Packet) -> u8 {
+    match packet.flow() {
+        Some(flow) => flow.source.family.number(),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn mark(ctx: &TcContext) -> u32 {
+    // SAFETY: the context the kernel passed is a valid `__sk_buff`.
+    unsafe { (*ctx.skb.skb).mark }
+}
+
+/// The generation in force when the packet came; the packet sees no other.
+struct Table {
+    generation: u8,
+    settings: &'static Settings,
+}
+
+impl Table {
+    #[inline(always)]
+    fn active() -> Option<Self> {
+        let active = *ACTIVE.get(0)? & 1;
+        let settings = SETTINGS.get(active)?;
+        Some(Self { generation: active as u8, settings })
+    }
+}
+
+impl Lookup for Table {
+    #[inline(always)]
+    fn settings(&self) -> &Settings {
+        self.settings
+    }
+
+    #[inline(always)]
+    fn entry(&self, address: &Address) -> Entry {
+        let mut entry = Entry::default();
+        find(self.generation, address, &mut entry);
+        entry
+    }
+}
+
+#[inline(never)]
+fn find(generation: u8, address: &Address, entry: &mut Entry) {
+    let length = match address.family {
+        Family::V4 => PREFIX_KEY_BITS + 32,
+        Family::V6 => PREFIX_KEY_BITS + 128,
+    };
+    if let Some(found) = PREFIXES.get(Key::new(length, PrefixKey::new(generation, address))) {
+        *entry = *found;
+    }
+}
+
+/// A packet's bytes, through a helper that also reads what lies in page fragments.
+struct Skb<'a> {
+    ctx: &'a TcContext,
+    buffer: [u8; LONGEST_READ],
+}
+
+impl<'a> Skb<'a> {
+    #[inline(always)]
+    fn new(ctx: &'a TcContext) -> Self {
+        Self { ctx, buffer: [0; LONGEST_READ] }
+    }
+}
+
+impl Bytes for Skb<'_> {
+    #[inline(always)]
+    fn read<const N: usize>(&mut self, offset: usize) -> Option<&[u8; N]> {
+        let bytes = self.buffer.first_chunk_mut::<N>()?;
+        // SAFETY: the helper writes N bytes to an array of N, or says that the packet is too short.
+        let result = unsafe {
+            bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+        };
+        (result == 0).then_some(bytes)
+    }
+}
+
+/// Apache-2.0 like the rest; no helper we call asks for the GPL.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 11] = *b"Apache-2.0\0";
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

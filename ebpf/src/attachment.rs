@@ -1,0 +1,220 @@
+//! Holds a program to a device, and lets it go.
+//!
+//! tcx (Linux 6.6): a link, which lives as long as its pin. clsact (older): a filter, which lives as long as the device, and which we
+//! know again by its handle, priority and name. Either way a new program takes the place of an old one in one step.
+
+use std::fmt;
+use std::io;
+use std::mem;
+use std::path::Path;
+
+use aya::programs::links::{FdLink, Link as _, LinkError, LinkOrder, PinnedLink};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
+use aya::programs::{ProgramError, SchedClassifier};
+use shroud_gate::Link;
+
+use crate::device::{self, Device, Filter, Side};
+use crate::{Error, pin};
+
+/// Names of our programs begin with this.
+pub(crate) const PREFIX: &str = "shroud_";
+
+/// Ours come first among the filters of a device: a filter before ours could accept a packet that we would have dropped.
+const PRIORITY: u16 = 1;
+
+/// "SH": the upper half of our filters' handles.
+const HANDLE: u16 = 0x5348;
+
+/// How programs are to be attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Attach {
+    /// tcx where the kernel has it, clsact otherwise.
+    #[default]
+    Auto,
+    /// tcx.
+    Tcx,
+    /// clsact.
+    Clsact,
+}
+
+/// How programs are attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mechanism {
+    /// A tcx link.
+    Tcx,
+    /// A filter on the clsact qdisc.
+    Clsact,
+}
+
+/// Where on a device a program hangs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hook {
+    /// What leaves by an uplink.
+    Egress,
+    /// What comes in by an uplink.
+    Ingress,
+    /// What comes in from a pod.
+    Pod,
+}
+
+impl fmt::Display for Mechanism {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        })
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Egress => "egress",
+            Self::Ingress => "ingress",
+            Self::Pod => "pod",
+        })
+    }
+}
+
+impl Attach {
+    /// Chooses by trying: a kernel without tcx does not know the question.
+    pub(crate) fn choose(self) -> Mechanism {
+        match self {
+            Self::Tcx => Mechanism::Tcx,
+            Self::Clsact => Mechanism::Clsact,
+            Self::Auto if SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok() => Mechanism::Tcx,
+            Self::Auto => Mechanism::Clsact,
+        }
+    }
+}
+
+impl Hook {
+    pub(crate) const ALL: [Self; 3] = [Self::Egress, Self::Ingress, Self::Pod];
+
+    /// The program for this hook on such a device.
+    pub(crate) fn program(self, link: Link) -> &'static str {
+        match (self, link) {
+            (Self::Egress, Link::Ethernet) => "shroud_egress",
+            (Self::Ingress, Link::Ethernet) => "shroud_ingress",
+            (Self::Pod, Link::Ethernet) => "shroud_pod",
+            (Self::Egress, Link::Ip) => "shroud_l3_out",
+            (Self::Ingress, Link::Ip) => "shroud_l3_in",
+            (Self::Pod, Link::Ip) => "shroud_l3_pod",
+        }
+    }
+
+    fn handle(self) -> TcHandle {
+        match self {
+            Self::Egress => TcHandle::new(HANDLE, 1),
+            Self::Ingress => TcHandle::new(HANDLE, 2),
+            Self::Pod => TcHandle::new(HANDLE, 3),
+        }
+    }
+
+    fn side(self) -> Side {
+        match self {
+            Self::Egress => Side::Egress,
+            Self::Ingress | Self::Pod => Side::Ingress,
+        }
+    }
+
+    fn attach_type(self) -> TcAttachType {
+        match self.side() {
+            Side::Egress => TcAttachType::Egress,
+            Side::Ingress => TcAttachType::Ingress,
+        }
+    }
+}
+
+/// One hook of one device, with the means to reach it.
+pub(crate) struct Place<'a> {
+    pub(crate) device: &'a Device,
+    pub(crate) hook: Hook,
+}
+
+impl Place<'_> {
+    /// The program behind our pinned tcx link, if the link still holds it to this very device.
+    pub(crate) fn tcx_program(&self, pin: &Path) -> Result<Option<u32>, Error> {
+        let Some(link) = pinned_link(pin)? else { return Ok(None) };
+        let failed = |source| Error::Link { operation: "look at", path: pin.into(), source };
+        let program = FdLink::from(link).info().map_err(failed)?.program_id();
+        let (_, attached) = SchedClassifier::query_tcx(&self.device.name, self.hook.attach_type())
+            .map_err(|source| self.failed("look at", Mechanism::Tcx, source))?;
+        Ok(attached.iter().any(|info| info.id() == program).then_some(program))
+    }
+
+    /// The program behind our filter, if the device has it. The device must have a clsact qdisc.
+    pub(crate) fn clsact_program(&self) -> Result<Option<u32>, Error> {
+        let filters = device::filters(self.device.index, self.hook.side())?;
+        Ok(filters.iter().find(|filter| self.is_ours(filter)).map(|filter| filter.program))
+    }
+
+    fn is_ours(&self, filter: &Filter) -> bool {
+        filter.handle == u32::from(self.hook.handle()) && filter.priority == PRIORITY && filter.name.starts_with(PREFIX)
+    }
+
+    /// Attaches a program by a tcx link pinned at `pin`, or puts it in the place of the one that hangs there.
+    pub(crate) fn attach_tcx(&self, program: &mut SchedClassifier, pin: &Path) -> Result<(), Error> {
+        let failed = |source| self.failed("attach to", Mechanism::Tcx, source);
+        let is_live = self.tcx_program(pin)?.is_some();
+        if let Some(link) = pinned_link(pin)?.filter(|_| is_live) {
+            let link = SchedClassifierLink::try_from(FdLink::from(link))
+                .map_err(|source| Error::Link { operation: "open", path: pin.into(), source })?;
+            let id = program.attach_to_link(link).map_err(failed)?;
+            // The pin holds the link from here on.
+            drop(program.take_link(id).map_err(failed)?);
+            return Ok(());
+        }
+        // What is left of a device that is gone.
+        pin::remove(pin)?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(&self.device.name, self.hook.attach_type(), options).map_err(failed)?;
+        let link = FdLink::try_from(program.take_link(id).map_err(failed)?)
+            .map_err(|source| Error::Link { operation: "take", path: pin.into(), source })?;
+        link.pin(pin).map_err(|source| Error::Pin { path: pin.into(), source })?;
+        Ok(())
+    }
+
+    /// Attaches a program by a filter, or puts it in the place of the one that hangs there.
+    pub(crate) fn attach_clsact(&self, program: &mut SchedClassifier) -> Result<(), Error> {
+        let failed = |source| self.failed("attach to", Mechanism::Clsact, source);
+        let name = &self.device.name;
+        let has_qdisc = device::with_clsact()?.contains(&self.device.index);
+        if !has_qdisc {
+            tc::qdisc_add_clsact(name).map_err(|source| Error::Qdisc { device: name.clone(), source })?;
+        }
+        let id = if has_qdisc && self.clsact_program()?.is_some() {
+            program.attach_to_link(self.filter()?).map_err(failed)?
+        } else {
+            let options = NlOptions { priority: PRIORITY, handle: self.hook.handle(), classid: None };
+            let options = TcAttachOptions::Netlink(options);
+            program.attach_with_options(name, self.hook.attach_type(), options).map_err(failed)?
+        };
+        // Dropping it would detach it.
+        mem::forget(program.take_link(id).map_err(failed)?);
+        Ok(())
+    }
+
+    /// Removes our filter.
+    pub(crate) fn detach_clsact(&self) -> Result<(), Error> {
+        self.filter()?.detach().map_err(|source| self.failed("detach from", Mechanism::Clsact, source))
+    }
+
+    fn filter(&self) -> Result<SchedClassifierLink, Error> {
+        let (name, hook) = (&self.device.name, self.hook);
+        SchedClassifierLink::attached(name, hook.attach_type(), PRIORITY, hook.handle(), None)
+            .map_err(|source| self.failed("find", Mechanism::Clsact, ProgramError::IOError(source)))
+    }
+
+    fn failed(&self, operation: &'static str, mechanism: Mechanism, source: ProgramError) -> Error {
+        Error::Attachment { operation, device: self.device.name.clone(), hook: self.hook, mechanism, source }
+    }
+}
+
+fn pinned_link(path: &Path) -> Result<Option<PinnedLink>, Error> {
+    match PinnedLink::from_pin(path) {
+        Ok(link) => Ok(Some(link)),
+        Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Link { operation: "open", path: path.into(), source }),
+    }
+}

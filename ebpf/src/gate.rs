@@ -1,0 +1,414 @@
+//! The gate in the kernel: its maps, its programs, and where they hang.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use aya::EbpfLoader;
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuHashMap, RingBuf};
+use aya::programs::{ProgramError, SchedClassifier};
+use shroud_gate::{Address, Count, CounterKey, Entry, Family, PREFIX_KEY_BITS, PrefixKey, Settings};
+use shroud_model::Prefix;
+
+use crate::attachment::Place;
+use crate::device::{self, Device};
+use crate::diff::Build;
+use crate::event::{self, Counter, Event};
+use crate::object::{self, OBJECT};
+use crate::pin::{self, Pins};
+use crate::table::{Encoded, address, ip};
+use crate::{Attach, Attachment, Change, Error, Hook, Mechanism, Observed, Table};
+
+const PREFIXES: &str = "PREFIXES";
+const SETTINGS: &str = "SETTINGS";
+const ACTIVE: &str = "ACTIVE";
+const COUNTERS: &str = "COUNTERS";
+const EVENTS: &str = "EVENTS";
+const EVENT_BUDGET: &str = "EVENT_BUDGET";
+const MAPS: [&str; 6] = [PREFIXES, SETTINGS, ACTIVE, COUNTERS, EVENTS, EVENT_BUDGET];
+
+const PROGRAMS: [&str; 6] =
+    ["shroud_egress", "shroud_ingress", "shroud_pod", "shroud_l3_out", "shroud_l3_in", "shroud_l3_pod"];
+
+/// So many events are handed out at once; the rest waits for the next call.
+const EVENTS_AT_ONCE: usize = 4096;
+
+/// Where the gate lives and how it is attached.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// A directory on a BPF file system; each node needs its own. Default `/sys/fs/bpf/shroud`.
+    pub pin_directory: PathBuf,
+    /// How programs are attached.
+    pub attach: Attach,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { pin_directory: PathBuf::from("/sys/fs/bpf/shroud"), attach: Attach::Auto }
+    }
+}
+
+/// What a cleanup removed, and what it could not.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Removed {
+    /// What was removed, for people.
+    pub removed: Vec<String>,
+    /// What could not be.
+    pub errors: Vec<Error>,
+}
+
+/// The gate of this network namespace. Dropping it changes nothing in the kernel.
+pub struct Gate {
+    pins: Pins,
+    build: String,
+    mechanism: Mechanism,
+    programs: BTreeMap<&'static str, Program>,
+    maps: BTreeMap<&'static str, MapData>,
+    prefixes: LpmTrie<MapData, [u8; size_of::<PrefixKey>()], [u8; size_of::<Entry>()]>,
+    settings: Array<MapData, [u8; size_of::<Settings>()]>,
+    active: Array<MapData, u32>,
+    counters: PerCpuHashMap<MapData, [u8; size_of::<CounterKey>()], [u8; size_of::<Count>()]>,
+    events: RingBuf<MapData>,
+}
+
+struct Program {
+    handle: SchedClassifier,
+    id: u32,
+}
+
+impl Gate {
+    /// Opens the gate that an earlier process pinned, or loads a new one. Attaches nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotBpffs`] if the pin directory would not outlive the process, [`Error::Load`] if the kernel refuses the program.
+    pub fn open(options: &Options) -> Result<Self, Error> {
+        let pins = Pins::new(&options.pin_directory);
+        let build = object::fingerprint();
+        pins.prepare(&build)?;
+        let handles = match pinned_programs(&pins, &build)? {
+            Some(handles) => handles,
+            None => load(&pins, &build)?,
+        };
+        let mut programs = BTreeMap::new();
+        for (name, handle) in handles {
+            let id = program_error("look at", name, handle.info())?.id();
+            programs.insert(name, Program { handle, id });
+        }
+        remove_other_builds(&pins, &build)?;
+        Ok(Self {
+            mechanism: options.attach.choose(),
+            programs,
+            maps: MAPS.into_iter().map(|name| Ok((name, open_map(&pins, name)?))).collect::<Result<_, Error>>()?,
+            prefixes: typed(&pins, PREFIXES, Map::LpmTrie)?,
+            settings: typed(&pins, SETTINGS, Map::Array)?,
+            active: typed(&pins, ACTIVE, Map::Array)?,
+            counters: typed(&pins, COUNTERS, Map::PerCpuHashMap)?,
+            events: typed(&pins, EVENTS, Map::RingBuf)?,
+            pins,
+            build,
+        })
+    }
+
+    /// Reads back from the kernel what is attached and what the maps in force hold.
+    ///
+    /// # Errors
+    /// Any question the kernel would not answer.
+    pub fn observe(&mut self) -> Result<Observed, Error> {
+        Ok(Observed {
+            mechanism: self.mechanism,
+            attachments: self.attachments()?,
+            table: self.read_table()?,
+            missing_pins: self.missing_pins(),
+        })
+    }
+
+    /// Makes one change.
+    ///
+    /// # Errors
+    /// What could not be done. The gate that was in force then still is.
+    pub fn apply(&mut self, change: &Change) -> Result<(), Error> {
+        match change {
+            Change::Pin { missing } => self.pin(missing),
+            Change::ReplaceTable { new, .. } => self.replace_table(new),
+            Change::Attach { attachment, .. } => self.attach(attachment),
+            Change::Detach { attachment } => self.detach(attachment),
+        }
+    }
+
+    /// What was counted, ordered by node, reason, direction and family.
+    ///
+    /// # Errors
+    /// [`Error::Map`] if the map cannot be read.
+    pub fn counters(&self) -> Result<Vec<Counter>, Error> {
+        event::read(&self.counters)
+    }
+
+    /// What was dropped since the last call; by anyone who asks, so ask from one place.
+    pub fn events(&mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        while events.len() < EVENTS_AT_ONCE {
+            let Some(item) = self.events.next() else { break };
+            events.extend(event::event(&item));
+        }
+        events
+    }
+
+    /// Removes all that is ours in this network namespace and under the pin directory. For `shroud cleanup`: from here on nothing is
+    /// encrypted and nothing is dropped.
+    pub fn remove(options: &Options) -> Removed {
+        let mut removed = Removed::default();
+        removed.filters();
+        removed.pins(&options.pin_directory);
+        removed
+    }
+
+    fn attachments(&self) -> Result<BTreeMap<Attachment, Build>, Error> {
+        let with_clsact = device::with_clsact()?;
+        let mut found = BTreeMap::new();
+        for device in device::devices()?.values() {
+            for hook in Hook::ALL {
+                let place = Place { device, hook };
+                let mut add = |mechanism, program: Option<u32>| {
+                    let Some(id) = program else { return };
+                    let attachment = Attachment { device: device.name.clone(), hook, mechanism };
+                    found.insert(attachment, self.build_of(id, device, hook));
+                };
+                add(Mechanism::Tcx, place.tcx_program(&self.pins.link(device.index, hook))?);
+                if with_clsact.contains(&device.index) {
+                    add(Mechanism::Clsact, place.clsact_program()?);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn build_of(&self, id: u32, device: &Device, hook: Hook) -> Build {
+        let Ok(link) = device.link else { return Build::Other };
+        match self.programs.get(hook.program(link)) {
+            Some(program) if program.id == id => Build::Current,
+            Some(_) | None => Build::Other,
+        }
+    }
+
+    fn attach(&mut self, attachment: &Attachment) -> Result<(), Error> {
+        let Some(device) = device::devices()?.remove(&attachment.device) else {
+            return Err(Error::NoDevice { device: attachment.device.clone() });
+        };
+        let link = device
+            .link
+            .clone()
+            .map_err(|kind| Error::LinkType { device: attachment.device.clone(), kind })?;
+        let hook = attachment.hook;
+        let name = hook.program(link);
+        let program = self.programs.get_mut(name).ok_or(Error::Object { name })?;
+        let place = Place { device: &device, hook };
+        match attachment.mechanism {
+            Mechanism::Tcx => {
+                self.pins.prepare(&self.build)?;
+                place.attach_tcx(&mut program.handle, &self.pins.link(device.index, hook))
+            }
+            Mechanism::Clsact => place.attach_clsact(&mut program.handle),
+        }
+    }
+
+    fn detach(&mut self, attachment: &Attachment) -> Result<(), Error> {
+        // With the device goes whatever hung on it.
+        let Some(device) = device::devices()?.remove(&attachment.device) else { return Ok(()) };
+        match attachment.mechanism {
+            Mechanism::Tcx => pin::remove(&self.pins.link(device.index, attachment.hook)).map(drop),
+            Mechanism::Clsact => Place { device: &device, hook: attachment.hook }.detach_clsact(),
+        }
+    }
+
+    fn missing_pins(&self) -> BTreeSet<String> {
+        let maps = MAPS.into_iter().filter(|name| !self.pins.map(name).exists());
+        let programs = PROGRAMS.into_iter().filter(|name| !self.pins.program(&self.build, name).exists());
+        maps.chain(programs).map(str::to_owned).collect()
+    }
+
+    fn pin(&mut self, missing: &BTreeSet<String>) -> Result<(), Error> {
+        self.pins.prepare(&self.build)?;
+        for (name, map) in self.maps.iter().filter(|(name, _)| missing.contains(**name)) {
+            let path = self.pins.map(name);
+            map.pin(&path).map_err(|source| Error::Pin { path, source })?;
+        }
+        for (name, program) in self.programs.iter_mut().filter(|(name, _)| missing.contains(**name)) {
+            let path = self.pins.program(&self.build, name);
+            program.handle.pin(&path).map_err(|source| Error::Pin { path, source })?;
+        }
+        Ok(())
+    }
+
+    fn read_table(&self) -> Result<Option<Table>, Error> {
+        let generation = self.generation()?;
+        let settings = map_error("read", SETTINGS, self.settings.get(&u32::from(generation), 0))?;
+        let settings = Settings::from_bytes(&settings);
+        let mut entries = BTreeMap::new();
+        for item in self.prefixes.iter() {
+            let (key, entry) = map_error("read", PREFIXES, item)?;
+            let (length, key) = (key.prefix_len(), PrefixKey::from_bytes(&key.data()));
+            if key.generation == generation {
+                let Some(prefix) = prefix(length, &key) else { return Ok(None) };
+                entries.insert(prefix, Entry::from_bytes(&entry));
+            }
+        }
+        Ok(Encoded { settings, entries }.decode())
+    }
+
+    /// Fills the generation that no packet reads, then switches with one write.
+    fn replace_table(&mut self, table: &Table) -> Result<(), Error> {
+        let next = 1 - self.generation()?;
+        let encoded = table.encode()?;
+        let stale: Vec<_> = map_error("read", PREFIXES, self.prefixes.keys().collect::<Result<_, _>>())?;
+        for key in stale.iter().filter(|key: &&Key<_>| PrefixKey::from_bytes(&key.data()).generation == next) {
+            map_error("empty", PREFIXES, self.prefixes.remove(key))?;
+        }
+        for (prefix, entry) in &encoded.entries {
+            let key = PrefixKey::new(next, &address(prefix.address()));
+            let key = Key::new(PREFIX_KEY_BITS + u32::from(prefix.length()), key.to_bytes());
+            map_error("fill", PREFIXES, self.prefixes.insert(&key, entry.to_bytes(), 0))?;
+        }
+        map_error("fill", SETTINGS, self.settings.set(u32::from(next), encoded.settings.to_bytes(), 0))?;
+        map_error("switch", ACTIVE, self.active.set(0, u32::from(next), 0))
+    }
+
+    fn generation(&self) -> Result<u8, Error> {
+        let active = map_error("read", ACTIVE, self.active.get(&0, 0))?;
+        Ok(u8::from(active & 1 == 1))
+    }
+}
+
+/// The programs of this build, if an earlier process pinned them and they read the maps that are pinned.
+fn pinned_programs(pins: &Pins, build: &str) -> Result<Option<Vec<(&'static str, SchedClassifier)>>, Error> {
+    if MAPS.iter().any(|name| !pins.map(name).exists()) {
+        return Ok(None);
+    }
+    let mut maps = BTreeSet::new();
+    for name in MAPS {
+        maps.insert(map_error("look at", name, open_map(pins, name)?.info())?.id());
+    }
+    let mut programs = Vec::new();
+    for name in PROGRAMS {
+        let path = pins.program(build, name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let program = program_error("open pinned", name, SchedClassifier::from_pin(&path))?;
+        let info = program_error("look at", name, program.info())?;
+        let reads = program_error("look at", name, info.map_ids())?.unwrap_or_default();
+        if !reads.iter().all(|id| maps.contains(id)) {
+            return Ok(None);
+        }
+        programs.push((name, program));
+    }
+    Ok(Some(programs))
+}
+
+/// Loads this build onto the pinned maps (making those that are missing), and pins it.
+fn load(pins: &Pins, build: &str) -> Result<Vec<(&'static str, SchedClassifier)>, Error> {
+    let mut loader = EbpfLoader::new();
+    for name in MAPS {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    let mut object = loader.load(OBJECT).map_err(|source| Error::Load { source })?;
+    let mut programs = Vec::new();
+    for name in PROGRAMS {
+        let program = object.program_mut(name).ok_or(Error::Object { name })?;
+        let program: &mut SchedClassifier = program_error("find", name, program.try_into())?;
+        program_error("load", name, program.load())?;
+        let path = pins.program(build, name);
+        pin::remove(&path)?;
+        program.pin(&path).map_err(|source| Error::Pin { path: path.clone(), source })?;
+        programs.push((name, program_error("open pinned", name, SchedClassifier::from_pin(&path))?));
+    }
+    tracing::info!(build, "loaded the gate's program");
+    Ok(programs)
+}
+
+/// Other builds live on as long as they are attached; their pins have no more use.
+fn remove_other_builds(pins: &Pins, build: &str) -> Result<(), Error> {
+    for directory in pin::list(&pins.programs())? {
+        if !directory.ends_with(build) {
+            fs::remove_dir_all(&directory).map_err(|source| Error::Path {
+                operation: "remove",
+                path: directory.clone(),
+                source,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn open_map(pins: &Pins, name: &'static str) -> Result<MapData, Error> {
+    map_error("open pinned", name, MapData::from_pin(pins.map(name)))
+}
+
+fn typed<M>(pins: &Pins, name: &'static str, variant: fn(MapData) -> Map) -> Result<M, Error>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    map_error("open pinned", name, M::try_from(variant(open_map(pins, name)?)))
+}
+
+fn prefix(length: u32, key: &PrefixKey) -> Option<Prefix> {
+    let address = ip(&Address { family: Family::from_number(key.family)?, bytes: key.address });
+    let length = u8::try_from(length.checked_sub(PREFIX_KEY_BITS)?).ok()?;
+    Prefix::containing(address, length).filter(|prefix: &Prefix| prefix.address() == address && is_v4_clean(address, key))
+}
+
+/// An IPv4 key has nothing behind its four bytes.
+fn is_v4_clean(address: IpAddr, key: &PrefixKey) -> bool {
+    address.is_ipv6() || key.address[4..].iter().all(|byte| *byte == 0)
+}
+
+fn map_error<T>(operation: &'static str, name: &'static str, result: Result<T, MapError>) -> Result<T, Error> {
+    result.map_err(|source| Error::Map { operation, name, source })
+}
+
+fn program_error<T>(operation: &'static str, name: &'static str, result: Result<T, ProgramError>) -> Result<T, Error> {
+    result.map_err(|source| Error::Program { operation, name, source })
+}
+
+impl Removed {
+    fn filters(&mut self) {
+        let Some(with_clsact) = self.kept(device::with_clsact()) else { return };
+        let Some(devices) = self.kept(device::devices()) else { return };
+        for device in devices.values().filter(|device| with_clsact.contains(&device.index)) {
+            for hook in Hook::ALL {
+                let place = Place { device, hook };
+                if let Some(Some(_)) = self.kept(place.clsact_program())
+                    && self.kept(place.detach_clsact()).is_some()
+                {
+                    self.removed.push(format!("filter on {} {hook}", device.name));
+                }
+            }
+        }
+    }
+
+    /// Links go first, so that no program runs whose maps are half gone.
+    fn pins(&mut self, directory: &std::path::Path) {
+        let layouts = self.kept(pin::list(directory)).unwrap_or_default();
+        for layout in &layouts {
+            for link in self.kept(pin::list(&layout.join("links"))).unwrap_or_default() {
+                if self.kept(pin::remove(&link)).is_some() {
+                    self.removed.push(format!("link {}", link.display()));
+                }
+            }
+        }
+        if !directory.exists() {
+            return;
+        }
+        let result = fs::remove_dir_all(directory);
+        let result = result.map_err(|source| Error::Path { operation: "remove", path: directory.into(), source });
+        if self.kept(result).is_some() {
+            self.removed.push(format!("pins {}", directory.display()));
+        }
+    }
+
+    fn kept<T>(&mut self, result: Result<T, Error>) -> Option<T> {
+        result.map_err(|error| self.errors.push(error)).ok()
+    }
+}

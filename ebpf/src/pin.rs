@@ -1,0 +1,118 @@
+//! Where on the BPF file system the gate lives, so that it outlives the process.
+//!
+//! ```text
+//!   <pin directory>/v1/maps/PREFIXES …                     layout version 1; survives upgrades of the program
+//!                     /programs/<build>/shroud_egress …    the build that is in force
+//!                     /links/<interface index>-egress …    what holds a program to a device (tcx only)
+//! ```
+//!
+//! A name on a BPF file system must not contain a dot, and device names do (`eth0.100`); hence the index.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::MountFlags;
+use shroud_gate::LAYOUT_VERSION;
+
+use crate::{Error, Hook};
+
+/// Where BPF file systems are mounted by convention.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// `f_type` of a BPF file system; `include/uapi/linux/magic.h`.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// The paths under one pin directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    pub(crate) fn new(directory: &Path) -> Self {
+        Self { root: directory.join(format!("v{LAYOUT_VERSION}")) }
+    }
+
+    pub(crate) fn map(&self, name: &str) -> PathBuf {
+        self.root.join("maps").join(name)
+    }
+
+    pub(crate) fn programs(&self) -> PathBuf {
+        self.root.join("programs")
+    }
+
+    pub(crate) fn program(&self, build: &str, name: &str) -> PathBuf {
+        self.programs().join(build).join(name)
+    }
+
+    pub(crate) fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    pub(crate) fn link(&self, index: u32, hook: Hook) -> PathBuf {
+        self.links().join(format!("{index}-{hook}"))
+    }
+
+    /// Makes the directories, and mounts a BPF file system in the usual place if there is none.
+    pub(crate) fn prepare(&self, build: &str) -> Result<(), Error> {
+        if !is_bpffs(&self.root)? && self.root.starts_with(BPFFS) {
+            mount(Path::new(BPFFS))?;
+        }
+        if !is_bpffs(&self.root)? {
+            return Err(Error::NotBpffs { path: self.root.clone() });
+        }
+        for directory in [self.root.join("maps"), self.programs().join(build), self.links()] {
+            fs::create_dir_all(&directory).map_err(|source| Error::Path {
+                operation: "make directory",
+                path: directory.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a path, or the nearest directory above it that exists, is on a BPF file system.
+fn is_bpffs(path: &Path) -> Result<bool, Error> {
+    for directory in path.ancestors() {
+        match rustix::fs::statfs(directory) {
+            Ok(found) => return Ok(i64::from(found.f_type) == BPF_FS_MAGIC),
+            Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => {
+                return Err(Error::Path { operation: "look at", path: directory.into(), source: error.into() });
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn mount(path: &Path) -> Result<(), Error> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount("bpf", path, "bpf", flags, c"mode=0700").map_err(|error| Error::Path {
+        operation: "mount a BPF file system on",
+        path: path.into(),
+        source: error.into(),
+    })?;
+    tracing::info!(path = %path.display(), "mounted a BPF file system");
+    Ok(())
+}
+
+/// The names in a directory; none if it is not there.
+pub(crate) fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    let failed = |source| Error::Path { operation: "list", path: directory.into(), source };
+    match fs::read_dir(directory) {
+        Ok(entries) => entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Removes one pin; what is not there is removed.
+pub(crate) fn remove(path: &Path) -> Result<bool, Error> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(Error::Path { operation: "remove", path: path.into(), source }),
+    }
+}

@@ -1,0 +1,369 @@
+//! The gate's table as people think of it, and its translation to what lies in the maps.
+//!
+//! In the maps every prefix carries all that holds for it, so that the program needs one look-up for each address. Here each fact is
+//! declared once. The `DECLARED` flags make the way back exact.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use shroud_gate::{
+    Address, Direction, Entry, Flow, LAYOUT_VERSION, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, PATH_ENCRYPTED,
+    PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, Packet, Settings, Shape, Upper, Verdict, flag,
+};
+use shroud_model::{Mark, NodeId, Prefix};
+
+use crate::Error;
+
+/// What the gate does with protected traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mode {
+    /// Encrypt it, or drop it.
+    Enforce,
+    /// Encrypt it where possible; let the rest pass, and count it.
+    Audit,
+    /// Let everything pass, and count it.
+    Off,
+}
+
+/// How traffic to an owner's prefix travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Path {
+    /// The prefix is this node's own.
+    Local,
+    /// Through the encryption device.
+    Encrypted,
+    /// The owner is known, but has no usable key, was refused, or is shut out: drop.
+    Fenced,
+}
+
+/// Whose a prefix is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner {
+    /// The node.
+    pub node: NodeId,
+    /// How traffic gets there.
+    pub path: Path,
+}
+
+/// One generation of the gate's maps; pure data, comparable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// What to do with protected traffic.
+    pub mode: Mode,
+    /// Interface index of the encryption device, `None` while there is none.
+    pub encryption_device: Option<u32>,
+    /// The tunnel's UDP port on this node.
+    pub listen_port: u16,
+    /// The mark of the tunnel's own packets.
+    pub tunnel_mark: Mark,
+    /// The mark of packets that the cluster's configuration exempts.
+    pub plain_mark: Mark,
+    /// Ranges between which traffic must be encrypted.
+    pub protected: BTreeSet<Prefix>,
+    /// Whose each prefix is; the longest one counts.
+    pub owners: BTreeMap<Prefix, Owner>,
+    /// Ranges that the cluster's configuration exempts.
+    pub exempt: BTreeSet<Prefix>,
+    /// UDP destination ports that carry VXLAN, at most four.
+    pub vxlan_ports: BTreeSet<u16>,
+    /// UDP destination ports that carry Geneve, at most four.
+    pub geneve_ports: BTreeSet<u16>,
+}
+
+/// What lies in the maps for one generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Encoded {
+    pub(crate) settings: Settings,
+    pub(crate) entries: BTreeMap<Prefix, Entry>,
+}
+
+impl Table {
+    /// Translates to what lies in the maps.
+    pub(crate) fn encode(&self) -> Result<Encoded, Error> {
+        let mode = match self.mode {
+            Mode::Enforce => MODE_ENFORCE,
+            Mode::Audit => MODE_AUDIT,
+            Mode::Off => MODE_OFF,
+        };
+        let settings = Settings {
+            version: LAYOUT_VERSION,
+            mode,
+            encryption_device: self.encryption_device.unwrap_or(0),
+            tunnel_mark: self.tunnel_mark.value(),
+            tunnel_mask: self.tunnel_mark.mask(),
+            plain_mark: self.plain_mark.value(),
+            plain_mask: self.plain_mark.mask(),
+            listen_port: self.listen_port.to_be_bytes(),
+            reserved: [0; 2],
+            vxlan_ports: encode_ports("VXLAN", &self.vxlan_ports)?,
+            geneve_ports: encode_ports("Geneve", &self.geneve_ports)?,
+        };
+        let prefixes: BTreeSet<Prefix> =
+            self.protected.iter().chain(self.owners.keys()).chain(&self.exempt).copied().collect();
+        let entries = prefixes.into_iter().map(|prefix| (prefix, self.entry(prefix))).collect();
+        Ok(Encoded { settings, entries })
+    }
+
+    /// All that holds for a prefix, with what it inherits from shorter ones.
+    fn entry(&self, prefix: Prefix) -> Entry {
+        let flags = [
+            (flag::PROTECTED, covering(prefix).any(|shorter| self.protected.contains(&shorter))),
+            (flag::EXEMPT, covering(prefix).any(|shorter| self.exempt.contains(&shorter))),
+            (flag::DECLARED_PROTECTED, self.protected.contains(&prefix)),
+            (flag::DECLARED_EXEMPT, self.exempt.contains(&prefix)),
+            (flag::DECLARED_OWNER, self.owners.contains_key(&prefix)),
+        ];
+        let flags = flags.into_iter().filter(|(_, holds)| *holds).fold(0, |flags, (bit, _)| flags | bit);
+        let owner = covering(prefix).find_map(|shorter| self.owners.get(&shorter));
+        let path = match owner.map(|owner| owner.path) {
+            None => PATH_NONE,
+            Some(Path::Local) => PATH_LOCAL,
+            Some(Path::Encrypted) => PATH_ENCRYPTED,
+            Some(Path::Fenced) => PATH_FENCED,
+        };
+        Entry { node: owner.map_or(0, |owner| owner.node.0), path, flags, reserved: [0; 6] }
+    }
+}
+
+impl Encoded {
+    /// Translates back; `None` if this is not, byte for byte, what a table becomes.
+    pub(crate) fn decode(&self) -> Option<Table> {
+        let Settings { version: LAYOUT_VERSION, mode, .. } = self.settings else { return None };
+        let declared = |bit| self.entries.iter().filter(move |(_, entry)| entry.flags & bit != 0);
+        let mode = match mode {
+            MODE_ENFORCE => Mode::Enforce,
+            MODE_AUDIT => Mode::Audit,
+            MODE_OFF => Mode::Off,
+            _ => return None,
+        };
+        let owner = |entry: &Entry| {
+            let path = match entry.path {
+                PATH_LOCAL => Path::Local,
+                PATH_ENCRYPTED => Path::Encrypted,
+                PATH_FENCED => Path::Fenced,
+                _ => return None,
+            };
+            Some(Owner { node: NodeId(entry.node), path })
+        };
+        let owners: Option<BTreeMap<_, _>> =
+            declared(flag::DECLARED_OWNER).map(|(prefix, entry)| Some((*prefix, owner(entry)?))).collect();
+        let table = Table {
+            mode,
+            encryption_device: Some(self.settings.encryption_device).filter(|index| *index != 0),
+            listen_port: u16::from_be_bytes(self.settings.listen_port),
+            tunnel_mark: Mark::new(self.settings.tunnel_mark, self.settings.tunnel_mask).ok()?,
+            plain_mark: Mark::new(self.settings.plain_mark, self.settings.plain_mask).ok()?,
+            protected: declared(flag::DECLARED_PROTECTED).map(|(prefix, _)| *prefix).collect(),
+            owners: owners?,
+            exempt: declared(flag::DECLARED_EXEMPT).map(|(prefix, _)| *prefix).collect(),
+            vxlan_ports: decode_ports(&self.settings.vxlan_ports),
+            geneve_ports: decode_ports(&self.settings.geneve_ports),
+        };
+        let again = table.encode().ok()?;
+        (again == *self).then_some(table)
+    }
+}
+
+fn encode_ports(overlay: &'static str, ports: &BTreeSet<u16>) -> Result<[[u8; 2]; PORTS], Error> {
+    if ports.len() > PORTS || ports.contains(&0) {
+        return Err(Error::Ports { overlay, given: ports.len(), most: PORTS });
+    }
+    let mut encoded = [[0; 2]; PORTS];
+    for (to, port) in encoded.iter_mut().zip(ports) {
+        *to = port.to_be_bytes();
+    }
+    Ok(encoded)
+}
+
+fn decode_ports(ports: &[[u8; 2]; PORTS]) -> BTreeSet<u16> {
+    ports.iter().map(|port| u16::from_be_bytes(*port)).filter(|port| *port != 0).collect()
+}
+
+/// The prefix itself and all shorter ones that contain it, longest first.
+fn covering(prefix: Prefix) -> impl Iterator<Item = Prefix> {
+    (0..=prefix.length()).rev().filter_map(move |length| Prefix::containing(prefix.address(), length))
+}
+
+/// A packet as a person would describe it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Facts {
+    /// Which way it passes the uplink.
+    pub direction: Direction,
+    /// Where it says it comes from.
+    pub source: IpAddr,
+    /// Where it goes.
+    pub destination: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Source and destination port, if it has any.
+    pub ports: Option<(u16, u16)>,
+    /// The packet's mark.
+    pub mark: u32,
+}
+
+/// Decides on a packet by a table, with the very code that runs in the kernel.
+///
+/// # Errors
+/// [`Error::Ports`] if the table could not be put into the maps.
+pub fn decide(table: &Table, facts: &Facts) -> Result<Verdict, Error> {
+    let encoded = table.encode()?;
+    let (source_port, destination_port) = facts.ports.unwrap_or_default();
+    let outer = Flow {
+        source: address(facts.source),
+        destination: address(facts.destination),
+        protocol: facts.protocol,
+        upper: if facts.ports.is_some() { Upper::Ports } else { Upper::Other },
+        source_port: source_port.to_be_bytes(),
+        destination_port: destination_port.to_be_bytes(),
+    };
+    let packet = Packet { shape: Shape::Ip, outer, inner: outer };
+    Ok(match facts.direction {
+        Direction::Egress => shroud_gate::egress(&packet, facts.mark, &encoded),
+        Direction::Ingress => shroud_gate::ingress(&packet, &encoded),
+    })
+}
+
+impl Lookup for Encoded {
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn entry(&self, address: &Address) -> Entry {
+        let found = covering(Prefix::host(ip(address))).find_map(|prefix| self.entries.get(&prefix));
+        found.copied().unwrap_or_default()
+    }
+}
+
+/// An address as the maps have it.
+pub(crate) fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => Address::v4(ip.octets()),
+        IpAddr::V6(ip) => Address::v6(ip.octets()),
+    }
+}
+
+/// An address as people have it.
+pub(crate) fn ip(address: &Address) -> IpAddr {
+    match address.family {
+        shroud_gate::Family::V4 => {
+            let [a, b, c, d, ..] = address.bytes;
+            IpAddr::from([a, b, c, d])
+        }
+        shroud_gate::Family::V6 => IpAddr::from(address.bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use shroud_gate::{Action, Reason};
+
+    use super::*;
+
+    #[test]
+    fn a_table_survives_the_maps() {
+        let table = table();
+
+        let encoded = table.encode().unwrap();
+
+        assert_eq!(encoded.decode(), Some(table));
+    }
+
+    #[test]
+    fn an_entry_that_somebody_changed_is_no_table() {
+        let mut encoded = table().encode().unwrap();
+
+        // Not a declared fact, only an inherited one: the owner of an exempt pod.
+        encoded.entries.get_mut(&prefix("10.244.2.9/32")).unwrap().path = PATH_LOCAL;
+
+        assert_eq!(encoded.decode(), None);
+    }
+
+    #[test]
+    fn a_pod_inherits_what_holds_for_its_range() {
+        let encoded = table().encode().unwrap();
+
+        let pod = encoded.entry(&address("10.244.2.9".parse().unwrap()));
+
+        let flags = flag::PROTECTED | flag::EXEMPT | flag::DECLARED_EXEMPT;
+        assert_eq!(pod, Entry { node: 2, path: PATH_ENCRYPTED, flags, reserved: [0; 6] });
+    }
+
+    #[test]
+    fn a_fifth_overlay_port_is_refused() {
+        let table = Table { vxlan_ports: [1, 2, 3, 4, 5].into(), ..table() };
+
+        let error = table.encode().unwrap_err();
+
+        assert_eq!(error.to_string(), "put 5 VXLAN ports into the gate's table: give at most 4, none of them 0");
+    }
+
+    #[test]
+    fn what_explain_says_is_what_the_maps_say() {
+        let facts = |destination: &str| Facts {
+            direction: Direction::Egress,
+            source: "10.244.1.2".parse().unwrap(),
+            destination: destination.parse().unwrap(),
+            protocol: 1,
+            ports: None,
+            mark: 0,
+        };
+        let verdict = |destination| {
+            let verdict = decide(&table(), &facts(destination)).unwrap();
+            (verdict.action, verdict.reason)
+        };
+
+        assert_eq!(verdict("10.244.2.2"), (Action::Redirect(7), Reason::Encrypted));
+        assert_eq!(verdict("10.244.3.2"), (Action::Drop, Reason::Fenced));
+        assert_eq!(verdict("10.244.9.2"), (Action::Drop, Reason::UnknownNode));
+        assert_eq!(verdict("10.244.1.9"), (Action::Drop, Reason::Local));
+        assert_eq!(verdict("192.0.2.1"), (Action::Pass, Reason::Unprotected));
+    }
+
+    proptest! {
+        #[test]
+        fn the_longest_owner_wins_whatever_else_is_declared(
+            owners in proptest::collection::btree_map((any::<[u8; 4]>(), 0u8..=32), any::<u64>(), 0..20),
+            exempt in proptest::collection::btree_set((any::<[u8; 4]>(), 0u8..=32), 0..10),
+            asked: [u8; 4],
+        ) {
+            let range = |(bytes, length)| Prefix::containing(IpAddr::from(bytes), length).unwrap();
+            let owners: BTreeMap<Prefix, Owner> = owners
+                .into_iter()
+                .map(|(prefix, node)| (range(prefix), Owner { node: NodeId(node), path: Path::Fenced }))
+                .collect();
+            let table = Table { owners, exempt: exempt.into_iter().map(range).collect(), ..table() };
+            let asked = IpAddr::from(asked);
+
+            let entry = table.encode().unwrap().entry(&address(asked));
+
+            let owner = table.owners.iter().filter(|(prefix, _)| prefix.contains(asked)).max_by_key(|(prefix, _)| prefix.length());
+            prop_assert_eq!(entry.node, owner.map_or(0, |(_, owner)| owner.node.0));
+            prop_assert_eq!(entry.is_exempt(), table.exempt.iter().any(|prefix| prefix.contains(asked)));
+        }
+    }
+
+    fn table() -> Table {
+        Table {
+            mode: Mode::Enforce,
+            encryption_device: Some(7),
+            listen_port: 51820,
+            tunnel_mark: Mark::new(0x10, 0x30).unwrap(),
+            plain_mark: Mark::new(0x20, 0x30).unwrap(),
+            protected: ["10.244.0.0/16", "fd00:10:244::/48"].map(prefix).into(),
+            owners: [
+                (prefix("10.244.1.0/24"), Owner { node: NodeId(1), path: Path::Local }),
+                (prefix("10.244.2.0/24"), Owner { node: NodeId(2), path: Path::Encrypted }),
+                (prefix("10.244.3.0/24"), Owner { node: NodeId(3), path: Path::Fenced }),
+            ]
+            .into(),
+            exempt: [prefix("10.244.2.9/32")].into(),
+            vxlan_ports: [4789, 8472].into(),
+            geneve_ports: [6081].into(),
+        }
+    }
+
+    fn prefix(text: &str) -> Prefix {
+        text.parse().unwrap()
+    }
+}

@@ -1,0 +1,35 @@
+//! The table of the cases, as user space writes it.
+
+use shroud_ebpf::{Mode, Owner, Path, Table};
+use shroud_model::{Mark, NodeId, Prefix};
+
+use crate::cases::{DEVICE, LISTEN_PORT, MASK, PLAIN, TUNNEL};
+
+/// The table that `cases.rs` draws.
+pub(crate) fn table(mode: Mode) -> Table {
+    let owner = |node, path| Owner { node: NodeId(node), path };
+    Table {
+        mode,
+        encryption_device: Some(DEVICE),
+        listen_port: LISTEN_PORT,
+        tunnel_mark: Mark::new(TUNNEL, MASK).unwrap(),
+        plain_mark: Mark::new(PLAIN, MASK).unwrap(),
+        protected: ["10.244.0.0/16", "fd00:10:244::/48"].map(prefix).into(),
+        owners: [
+            (prefix("10.244.1.0/24"), owner(1, Path::Local)),
+            (prefix("fd00:10:244:1::/64"), owner(1, Path::Local)),
+            (prefix("10.244.2.0/24"), owner(2, Path::Encrypted)),
+            (prefix("fd00:10:244:2::/64"), owner(2, Path::Encrypted)),
+            (prefix("10.244.3.0/24"), owner(3, Path::Fenced)),
+            (prefix("fd00:10:244:3::/64"), owner(3, Path::Fenced)),
+        ]
+        .into(),
+        exempt: [prefix("10.244.1.7/32")].into(),
+        vxlan_ports: [4789, 8472].into(),
+        geneve_ports: [6081].into(),
+    }
+}
+
+pub(crate) fn prefix(text: &str) -> Prefix {
+    text.parse().unwrap()
+}

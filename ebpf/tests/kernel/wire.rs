@@ -1,0 +1,291 @@
+//! What leaves a device, seen from the other end of the wire.
+//!
+//! ```text
+//!   namespace "node"                                   namespace "wire"
+//!   10.244.1.1 (lo), routes 10.244.2.0/24 ──> eth0 ════ peer     <── raw socket
+//!                                       gate │
+//!                                            └──> shroud0 (TUN) <── read by the test
+//! ```
+
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
+use std::mem::MaybeUninit;
+use std::net::UdpSocket;
+use std::thread;
+
+use rustix::fs::{Mode as FileMode, OFlags};
+use rustix::ioctl;
+use shroud_ebpf::{Attach, Desired, Gate, Mode, Reason, Table};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::namespace::{Namespace, PinDirectory, eventually, reconcile, run};
+use crate::tables::{prefix, table};
+
+const MARKER: &[u8] = b"cleartext-marker-7f3a";
+
+#[test]
+fn a_protected_packet_arrives_in_the_encryption_device_and_not_on_the_wire() {
+    for attach in [Attach::Tcx, Attach::Clsact] {
+        for pod in ["10.244.2.2", "fd00:10:244:2::2"] {
+            let mut world = World::new(attach);
+            world.reconcile(Mode::Enforce);
+
+            world.send(pod);
+
+            let packet = eventually("the packet in the TUN", || world.tun.next());
+            assert!(contains(&packet), "{attach:?} {pod}: {packet:x?}");
+            assert_eq!(packet[0] >> 4, if pod.contains(':') { 6 } else { 4 }, "the Ethernet header is stripped");
+            world.send_unprotected();
+            let seen = world.capture_until_unprotected();
+            assert!(!seen.iter().any(|frame| contains(frame)), "{attach:?} {pod}: in the clear on the wire");
+            assert_eq!(world.counted(Reason::Encrypted), 1);
+        }
+    }
+}
+
+/// The twin: the same capture sees the same packet when the gate is off.
+#[test]
+fn with_the_gate_off_the_same_capture_sees_it() {
+    for attach in [Attach::Tcx, Attach::Clsact] {
+        for pod in ["10.244.2.2", "fd00:10:244:2::2"] {
+            let mut world = World::new(attach);
+            world.reconcile(Mode::Off);
+
+            world.send(pod);
+
+            world.send_unprotected();
+            let seen = world.capture_until_unprotected();
+            assert!(seen.iter().any(|frame| contains(frame)), "{attach:?} {pod}: not on the wire");
+            assert_eq!(world.counted(Reason::Off), 1);
+        }
+    }
+}
+
+#[test]
+fn a_fenced_peer_gets_nothing_and_the_kernel_is_not_told_a_lie() {
+    let mut world = World::new(Attach::Auto);
+    world.reconcile(Mode::Enforce);
+
+    world.send("10.244.3.2");
+
+    world.send_unprotected();
+    let seen = world.capture_until_unprotected();
+    assert!(!seen.iter().any(|frame| contains(frame)));
+    assert!(world.tun.next().is_err(), "nothing for the fenced in the TUN either");
+    assert_eq!(world.counted(Reason::Fenced), 1);
+}
+
+#[test]
+fn what_comes_in_from_a_protected_address_in_the_clear_reaches_nobody() {
+    for (mode, arrives) in [(Mode::Enforce, false), (Mode::Off, true)] {
+        let mut world = World::new(Attach::Auto);
+        world.reconcile(mode);
+        let listener = UdpSocket::bind("10.244.1.1:7777").unwrap();
+        listener.set_nonblocking(true).unwrap();
+
+        world.wire.enter();
+        run(&["ip", "addr", "add", "10.244.2.2/32", "dev", "lo"]);
+        run(&["ip", "route", "add", "10.244.1.0/24", "via", "192.0.2.1", "dev", "peer"]);
+        UdpSocket::bind("10.244.2.2:0").unwrap().send_to(MARKER, "10.244.1.1:7777").unwrap();
+        world.node.enter();
+
+        let counted = if arrives { Reason::Off } else { Reason::ClearText };
+        eventually("the packet counted", || match world.counted(counted) {
+            1 => Ok(()),
+            other => Err(format!("{other} packets")),
+        });
+        let mut buffer = [0; 100];
+        let received = listener.recv(&mut buffer).map_err(|error| error.kind());
+        assert_eq!(received, if arrives { Ok(MARKER.len()) } else { Err(ErrorKind::WouldBlock) });
+    }
+}
+
+/// While the table is replaced all the time, a packet finds the old or the new one, never a mixture or none: both of these encrypt.
+#[test]
+fn a_packet_never_sees_half_a_table() {
+    let mut world = World::new(Attach::Auto);
+    world.reconcile(Mode::Enforce);
+    let node = world.node.name().to_owned();
+    let sender = thread::spawn(move || {
+        let file = File::open(format!("/run/netns/{node}")).unwrap();
+        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(file.as_fd(), kind).unwrap();
+        let socket = UdpSocket::bind("10.244.1.1:0").unwrap();
+        (0..20_000).filter(|_| socket.send_to(MARKER, "10.244.2.2:9").is_ok()).count()
+    });
+
+    let mut switched = 0;
+    while !sender.is_finished() {
+        world.desired.table.listen_port ^= 1;
+        // A hundred more owners, so that filling takes a while.
+        world.desired.table.owners.retain(|prefix, _| !prefix.covers("10.244.9.0/32".parse().unwrap()) || prefix.length() < 24);
+        let owner = world.desired.table.owners[&prefix("10.244.2.0/24")];
+        for last in (0..200).filter(|last| last % 2 == switched % 2) {
+            world.desired.table.owners.insert(prefix(&format!("10.244.2.{last}/32")), owner);
+        }
+        reconcile(&mut world.gate, &world.desired.clone());
+        switched += 1;
+        while world.tun.next().is_ok() {}
+    }
+
+    assert!(switched > 5, "{switched} tables while the packets went");
+    let sent = sender.join().unwrap();
+    assert_eq!(world.counted(Reason::Encrypted), sent as u64);
+    world.send_unprotected();
+    assert!(!world.capture_until_unprotected().iter().any(|frame| contains(frame)));
+}
+
+/// The packets of the tunnel itself must not go round and round.
+#[test]
+fn the_tunnels_own_packets_leave() {
+    let mut world = World::new(Attach::Auto);
+    world.reconcile(Mode::Enforce);
+    let tunnel = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+    tunnel.bind(&"192.0.2.1:51820".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    tunnel.set_mark(0x10).unwrap();
+
+    tunnel.send_to(MARKER, &"192.0.2.2:51820".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+
+    world.send_unprotected();
+    assert!(world.capture_until_unprotected().iter().any(|frame| contains(frame)));
+    assert_eq!(world.counted(Reason::Tunnel), 1);
+}
+
+struct World {
+    gate: Gate,
+    desired: Desired,
+    tun: Tun,
+    capture: Socket,
+    node: Namespace,
+    wire: Namespace,
+    _pins: PinDirectory,
+}
+
+impl World {
+    fn new(attach: Attach) -> Self {
+        let wire = Namespace::new();
+        run(&["sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0"]);
+        let node = Namespace::new();
+        run(&["sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0"]);
+        run(&["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "peer", "netns", wire.name()]);
+        for address in ["192.0.2.1/24", "2001:db8::1/64"] {
+            run(&["ip", "addr", "add", address, "dev", "eth0"]);
+        }
+        run(&["ip", "link", "set", "eth0", "up"]);
+        for address in ["10.244.1.1/32", "fd00:10:244:1::1/128"] {
+            run(&["ip", "addr", "add", address, "dev", "lo"]);
+        }
+        // The other end exists for the capture only: nobody has to answer for a neighbour.
+        run(&["ip", "neigh", "add", "192.0.2.2", "lladdr", "02:00:00:00:00:02", "dev", "eth0", "nud", "permanent"]);
+        run(&["ip", "neigh", "add", "2001:db8::2", "lladdr", "02:00:00:00:00:02", "dev", "eth0", "nud", "permanent"]);
+        wire.enter();
+        run(&["ip", "addr", "add", "192.0.2.2/24", "dev", "peer"]);
+        run(&["ip", "link", "set", "peer", "address", "02:00:00:00:00:02", "up"]);
+        let every_protocol = Protocol::from(i32::from(0x0003_u16.to_be()));
+        let capture = Socket::new(Domain::PACKET, Type::RAW, Some(every_protocol)).unwrap();
+        capture.set_recv_buffer_size(16 << 20).unwrap();
+        capture.set_nonblocking(true).unwrap();
+        node.enter();
+        eventually("the carrier of eth0", || match run(&["ip", "-o", "link", "show", "eth0"]) {
+            up if up.contains("state UP") => Ok(()),
+            other => Err(other),
+        });
+        for prefix in ["10.244.2.0/24", "10.244.3.0/24"] {
+            run(&["ip", "route", "add", prefix, "via", "192.0.2.2", "dev", "eth0", "src", "10.244.1.1"]);
+        }
+        run(&["ip", "route", "add", "fd00:10:244:2::/64", "via", "2001:db8::2", "dev", "eth0", "src", "fd00:10:244:1::1"]);
+        let tun = Tun::open("shroud0");
+        run(&["ip", "link", "set", "shroud0", "up"]);
+
+        let pins = PinDirectory::new();
+        let gate = Gate::open(&pins.options(attach)).unwrap();
+        // The question is answered for the namespace in which the socket was made.
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+        let encryption_device = Some(rustix::net::netdevice::name_to_index(&socket, "shroud0").unwrap());
+        let table = Table { encryption_device, ..table(Mode::Enforce) };
+        let desired = Desired { uplinks: ["eth0".to_owned()].into(), pod_devices: [].into(), table };
+        Self { gate, desired, tun, capture, node, wire, _pins: pins }
+    }
+
+    fn reconcile(&mut self, mode: Mode) {
+        self.desired.table.mode = mode;
+        reconcile(&mut self.gate, &self.desired.clone());
+        assert_eq!(reconcile(&mut self.gate, &self.desired.clone()), Vec::<String>::new());
+    }
+
+    /// Sends the marker from this node's pod address to a pod.
+    fn send(&self, pod: &str) {
+        let source = if pod.contains(':') { "[fd00:10:244:1::1]:0" } else { "10.244.1.1:0" };
+        let target = if pod.contains(':') { format!("[{pod}]:9") } else { format!("{pod}:9") };
+        // A dropped packet shows as an error here, or not at all; what counts is what is seen elsewhere.
+        drop(UdpSocket::bind(source).unwrap().send_to(MARKER, target));
+    }
+
+    /// Sends something that passes in any mode; whatever was sent before it is on the wire before it.
+    fn send_unprotected(&self) {
+        UdpSocket::bind("192.0.2.1:0").unwrap().send_to(b"last-of-all", "192.0.2.2:9").unwrap();
+    }
+
+    fn capture_until_unprotected(&self) -> Vec<Vec<u8>> {
+        let mut frames = Vec::new();
+        eventually("the unprotected packet on the wire", || {
+            let mut buffer = [MaybeUninit::<u8>::uninit(); 2048];
+            let Ok(length) = self.capture.recv(&mut buffer) else { return Err(format!("{} frames", frames.len())) };
+            let frame: Vec<u8> = buffer[..length].iter().map(|byte| initialized(*byte)).collect();
+            let last = frame.windows(11).any(|window| window == b"last-of-all");
+            frames.push(frame);
+            if last { Ok(()) } else { Err(format!("{} frames", frames.len())) }
+        });
+        frames
+    }
+
+    fn counted(&self, reason: Reason) -> u64 {
+        let counters = self.gate.counters().unwrap();
+        counters.iter().filter(|counter| counter.reason == reason).map(|counter| counter.packets).sum()
+    }
+}
+
+fn contains(bytes: &[u8]) -> bool {
+    bytes.windows(MARKER.len()).any(|window| window == MARKER)
+}
+
+#[expect(unsafe_code, reason = "socket2 receives into uninitialised memory")]
+fn initialized(byte: MaybeUninit<u8>) -> u8 {
+    // SAFETY: `recv` said that it wrote this byte.
+    unsafe { byte.assume_init() }
+}
+
+/// A TUN device without packet information; gone when dropped.
+struct Tun {
+    file: File,
+}
+
+impl Tun {
+    fn open(name: &str) -> Self {
+        const TUNSETIFF: ioctl::Opcode = ioctl::opcode::write::<i32>(b'T', 202);
+        const IFF_TUN: u16 = 1;
+        const IFF_NO_PI: u16 = 0x1000;
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open("/dev/net/tun", flags, FileMode::empty()).unwrap());
+        let mut request = [0_u8; 40];
+        request[..name.len()].copy_from_slice(name.as_bytes());
+        request[16..18].copy_from_slice(&(IFF_TUN | IFF_NO_PI).to_ne_bytes());
+        #[expect(unsafe_code, reason = "there is no other way to make a TUN device")]
+        // SAFETY: TUNSETIFF reads a `struct ifreq` of 40 bytes, which this is.
+        unsafe {
+            ioctl::ioctl(&file, ioctl::Setter::<TUNSETIFF, [u8; 40]>::new(request)).unwrap();
+        }
+        Self { file }
+    }
+
+    /// The next packet that is for a pod (the kernel sends multicast of its own).
+    fn next(&mut self) -> Result<Vec<u8>, String> {
+        loop {
+            let mut buffer = [0; 2048];
+            let length = self.file.read(&mut buffer).map_err(|error| error.to_string())?;
+            if contains(&buffer[..length]) {
+                return Ok(buffer[..length].to_vec());
+            }
+        }
+    }
+}

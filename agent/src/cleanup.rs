@@ -1,0 +1,68 @@
+//! The deliberate removal of everything of ours from the kernel, in the reverse of the order in which it came: routes, encryption, gate.
+//!
+//! The gate goes last, so that until the very end nothing protected can leave in the clear. The key, the last good directory and the
+//! announcement stay: they are the node's identity, not kernel state.
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+use shroud_ebpf::Gate;
+use shroud_routing::Kernel;
+use shroud_tunnel::Tunnel;
+
+use crate::config::Config;
+use crate::reconcile::{gate_options, tunnel_options};
+use crate::status::VERSION;
+
+/// What was removed, and what could not be.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Cleaned {
+    pub(crate) version: u32,
+    pub(crate) removed: Vec<String>,
+    pub(crate) failures: Vec<String>,
+    /// What stays on purpose.
+    pub(crate) kept: Vec<String>,
+}
+
+/// Removes everything of ours and goes on past failures.
+///
+/// # Errors
+/// When an agent is running, which would put all of it back, or the kernel cannot be asked at all.
+pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
+    let lock = config.runtime_dir.join("agent.lock");
+    if let Ok(file) = std::fs::File::open(&lock)
+        && matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock))
+    {
+        bail!("an agent is running with {} and would put everything back; end it first", config.runtime_dir.display());
+    }
+    let mut cleaned = Cleaned { version: VERSION, ..Cleaned::default() };
+    let device = &config.encryption.device;
+    let mut kernel = Kernel::open().context("open routing netlink")?;
+
+    let routes = kernel.remove();
+    cleaned.removed.extend(routes.removed);
+    cleaned.failures.extend(routes.errors.iter().map(ToString::to_string));
+
+    let tunnel = Tunnel::new(tunnel_options(config)).remove(device);
+    cleaned.removed.extend(tunnel.removed);
+    cleaned.failures.extend(tunnel.errors.iter().map(ToString::to_string));
+    match kernel.delete_link(device) {
+        Ok(true) => cleaned.removed.push(format!("device {device}")),
+        Ok(false) => {}
+        Err(error) => cleaned.failures.push(error.to_string()),
+    }
+
+    let gate = Gate::remove(&gate_options(config));
+    cleaned.removed.extend(gate.removed);
+    cleaned.failures.extend(gate.errors.iter().map(ToString::to_string));
+
+    for file in [config.socket(), lock, config.runtime_dir.join(format!("{device}.wire.log"))] {
+        match std::fs::remove_file(&file) {
+            Ok(()) => cleaned.removed.push(format!("file {}", file.display())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => cleaned.failures.push(format!("remove {}: {error}", file.display())),
+        }
+    }
+    cleaned.kept.push(format!("{} (this node's key and what it last knew of the mesh)", config.state_dir.display()));
+    Ok(cleaned)
+}

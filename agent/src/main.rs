@@ -1,0 +1,180 @@
+//! Shroud: the node daemon that encrypts and carries pod traffic between nodes, and its command line.
+//!
+//! `main` parses, dispatches and turns errors into exit codes; each command lives in a module of its own. [`daemon`] is the one place
+//! that knows every other crate.
+
+mod cleanup;
+mod cli;
+mod config;
+mod daemon;
+mod directory;
+mod explain;
+mod plan;
+mod rates;
+mod reconcile;
+mod render;
+mod serve;
+mod status;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command, ConfigCommand, Exit, LogFormat, Output, View};
+use crate::config::Config;
+use crate::serve::{NoAnswer, Request};
+use crate::status::{Explanation, GateCounters, Status, Verdict};
+
+fn main() -> ExitCode {
+    run(Cli::parse().command).into()
+}
+
+fn run(command: Command) -> Exit {
+    match command {
+        Command::Agent { config, log_format } => agent(&config, log_format),
+        Command::Wire { device, socket_dir } => wire(device, socket_dir),
+        Command::Status(view) => status(&view),
+        Command::Peers(view) => peers(&view),
+        Command::Gate(view) => gate(&view),
+        Command::Explain { source, destination, view } => explain(&view, Request::Explain { source, destination }),
+        Command::Cleanup { config, output } => clean_up(&config, output),
+        Command::Config(ConfigCommand::Check { file }) => check(&file),
+        Command::Config(ConfigCommand::Show { file, output }) => show(&file, output),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "shroud", &mut std::io::stdout());
+            Exit::Healthy
+        }
+    }
+}
+
+fn agent(file: &Path, format: LogFormat) -> Exit {
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(refused) => return complain(&refused, Exit::Usage),
+    };
+    log_to_stderr(format);
+    match daemon::run(config) {
+        Ok(()) => Exit::Healthy,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the agent ends; the data plane stays as it is");
+            Exit::Degraded
+        }
+    }
+}
+
+fn wire(device: String, socket_dir: std::path::PathBuf) -> Exit {
+    log_to_stderr(LogFormat::Text);
+    match shroud_wire::run(shroud_wire::Options { device, socket_dir }) {
+        Ok(()) => Exit::Healthy,
+        Err(error) => {
+            tracing::error!(error = format!("{:#}", anyhow::Error::new(error)), "wire ends");
+            Exit::Degraded
+        }
+    }
+}
+
+fn status(view: &View) -> Exit {
+    ask(view, &Request::Status, |status: &Status| {
+        print(&render::render(status, view.output, render::status));
+        exit_for(status.verdict)
+    })
+}
+
+fn peers(view: &View) -> Exit {
+    ask(view, &Request::Status, |status: &Status| {
+        match view.output {
+            Output::Table => print(&render::peers(status, false)),
+            Output::Wide => print(&render::peers(status, true)),
+            Output::Json | Output::Yaml => print(&render::render(&status.peers, view.output, |_, _| String::new())),
+        }
+        exit_for(status.verdict)
+    })
+}
+
+fn gate(view: &View) -> Exit {
+    ask(view, &Request::Gate, |counters: &GateCounters| {
+        print(&render::render(counters, view.output, render::gate));
+        Exit::Healthy
+    })
+}
+
+fn explain(view: &View, request: Request) -> Exit {
+    ask(view, &request, |explanation: &Explanation| {
+        print(&render::render(explanation, view.output, render::explanation));
+        Exit::Healthy
+    })
+}
+
+fn ask<T: serde::de::DeserializeOwned>(view: &View, request: &Request, show: impl FnOnce(&T) -> Exit) -> Exit {
+    match serve::request(&view.socket, request) {
+        Ok(answer) => show(&answer),
+        Err(error @ NoAnswer::Unreachable { .. }) => complain(&error, Exit::Unreachable),
+        Err(error @ NoAnswer::Refused(_)) => complain(&error, Exit::Degraded),
+    }
+}
+
+fn clean_up(file: &Path, output: Output) -> Exit {
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(refused) => return complain(&refused, Exit::Usage),
+    };
+    match cleanup::run(&config) {
+        Ok(cleaned) => {
+            print(&render::render(&cleaned, output, render::cleaned));
+            if cleaned.failures.is_empty() { Exit::Healthy } else { Exit::Degraded }
+        }
+        Err(error) => complain(&format_args!("{error:#}"), Exit::Degraded),
+    }
+}
+
+fn check(file: &Path) -> Exit {
+    match Config::load(file) {
+        Ok(_) => {
+            print(&format!("{}: right\n", file.display()));
+            Exit::Healthy
+        }
+        Err(refused) => complain(&refused, Exit::Usage),
+    }
+}
+
+fn show(file: &Path, output: Output) -> Exit {
+    match Config::load(file) {
+        Ok(config) => {
+            let yaml = |config: &Config, _wide: bool| render::render(config, Output::Yaml, |_, _| String::new());
+            print(&render::render(&config, output, yaml));
+            Exit::Healthy
+        }
+        Err(refused) => complain(&refused, Exit::Usage),
+    }
+}
+
+fn exit_for(verdict: Verdict) -> Exit {
+    match verdict {
+        Verdict::Healthy => Exit::Healthy,
+        Verdict::Degraded => Exit::Degraded,
+    }
+}
+
+/// Prints an answer; colours are dropped where they are not wanted (NO_COLOR, a pipe). A reader that went away is no error.
+fn print(text: &str) {
+    use std::io::Write as _;
+
+    drop(anstream::stdout().write_all(text.as_bytes()));
+}
+
+fn complain(what: &dyn std::fmt::Display, exit: Exit) -> Exit {
+    anstream::eprintln!("shroud: {what}");
+    exit
+}
+
+/// Logs to stderr, at `info` unless RUST_LOG says otherwise.
+fn log_to_stderr(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

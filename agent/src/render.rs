@@ -1,0 +1,251 @@
+//! Answers for people: the verdict in one line, then columns. NO_COLOR and pipes are honoured by the stream that prints them.
+
+use std::fmt::Write as _;
+
+use anstyle::{AnsiColor, Style};
+use comfy_table::{Table, TableStyle};
+use serde::Serialize;
+
+use crate::cleanup::Cleaned;
+use crate::cli::Output;
+use crate::status::{Explanation, GateCounters, Outcome, PeerStatus, Status, Verdict};
+
+const GOOD: Style = AnsiColor::Green.on_default().bold();
+const BAD: Style = AnsiColor::Red.on_default().bold();
+const FAINT: Style = Style::new().dimmed();
+
+/// Renders an answer in the wished form; `table` makes the form for people, told whether it may be wide.
+pub(crate) fn render<T: Serialize>(answer: &T, output: Output, table: impl Fn(&T, bool) -> String) -> String {
+    match output {
+        Output::Table => table(answer, false),
+        Output::Wide => table(answer, true),
+        Output::Json => {
+            let mut text = serde_json::to_string_pretty(answer).expect("an answer has only text keys");
+            text.push('\n');
+            text
+        }
+        Output::Yaml => serde_saphyr::to_string(answer).expect("an answer has only text keys"),
+    }
+}
+
+/// The verdict, the peers, and what needs a look.
+pub(crate) fn status(status: &Status, wide: bool) -> String {
+    let mut text = verdict_line(status);
+    let gate = &status.gate;
+    let _ = writeln!(
+        text,
+        "{FAINT}node {}  key {}  {} {} on port {}  gate {} on {}{FAINT:#}",
+        status.node,
+        status.fingerprint,
+        status.encryption.backend,
+        status.encryption.device,
+        status.encryption.listen_port,
+        gate.mode,
+        list_or(&gate.uplinks, "nothing"),
+    );
+    if wide {
+        let _ = writeln!(text, "{FAINT}backend: {}{FAINT:#}", status.encryption.because);
+        let _ = writeln!(
+            text,
+            "{FAINT}pass {}: {} changes in {:.0} ms  directory: {} ({}){FAINT:#}",
+            status.pass.number,
+            status.pass.changes,
+            status.pass.seconds * 1000.0,
+            status.directory.source,
+            status.directory.state,
+        );
+    }
+    let _ = writeln!(text);
+    text.push_str(&peers(status, wide));
+    if !status.refused.is_empty() {
+        let _ = writeln!(text, "\n{BAD}refused{BAD:#}");
+        let mut table = columns(&["NODE", "FENCED", "REASON"]);
+        for refused in &status.refused {
+            let fenced: Vec<String> = refused.fenced.iter().map(ToString::to_string).collect();
+            table.add_row([printable(&refused.node), list_or(&fenced, "-"), printable(&refused.reasons.join("; "))]);
+        }
+        let _ = writeln!(text, "{}", trimmed(&table));
+    }
+    if !status.problems.is_empty() {
+        let _ = writeln!(text, "\n{BAD}problems{BAD:#}");
+        for problem in &status.problems {
+            let _ = writeln!(text, "  - {}", printable(problem));
+        }
+    }
+    text
+}
+
+fn verdict_line(status: &Status) -> String {
+    let (style, word) = match status.verdict {
+        Verdict::Healthy => (GOOD, "healthy"),
+        Verdict::Degraded => (BAD, "degraded"),
+    };
+    format!("{style}{word}{style:#}: {}\n", printable(&status.summary))
+}
+
+/// The table of peers.
+pub(crate) fn peers(status: &Status, wide: bool) -> String {
+    let mut head = vec!["NODE", "BACKEND", "ENDPOINT", "HANDSHAKE", "RX", "TX", "MTU", "KEY"];
+    if wide {
+        head.push("PODS");
+    }
+    head.push("PROBLEMS");
+    let mut table = columns(&head);
+    for peer in &status.peers {
+        table.add_row(peer_row(peer, wide));
+    }
+    if status.peers.is_empty() {
+        return "no peers\n".to_owned();
+    }
+    format!("{}\n", trimmed(&table))
+}
+
+fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
+    let mut row = vec![
+        peer.node.to_string(),
+        peer.backend.clone(),
+        peer.endpoint.map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
+        peer.handshake_age_seconds.map_or_else(|| "never".to_owned(), age),
+        bytes(peer.rx_bytes),
+        bytes(peer.tx_bytes),
+        peer.mtu.to_string(),
+        peer.fingerprint.clone(),
+    ];
+    if wide {
+        let prefixes: Vec<String> = peer.pod_prefixes.iter().map(ToString::to_string).collect();
+        row.push(list_or(&prefixes, "-"));
+    }
+    row.push(printable(&list_or(&peer.problems, "-")));
+    row
+}
+
+/// The gate's counters, and what it dropped last.
+pub(crate) fn gate(gate: &GateCounters, wide: bool) -> String {
+    let mut text = format!("gate {}\n\n", gate.mode);
+    let mut head = vec!["NODE", "DIRECTION", "FAMILY", "VERDICT", "REASON", "PACKETS", "BYTES", "PACKETS/S"];
+    if wide {
+        head.push("BYTES/S");
+    }
+    let mut table = columns(&head);
+    for counter in &gate.counters {
+        let mut row = vec![
+            if counter.node.is_empty() { "-".to_owned() } else { printable(&counter.node) },
+            counter.direction.clone(),
+            counter.family.clone(),
+            counter.verdict.clone(),
+            counter.reason.clone(),
+            counter.packets.to_string(),
+            bytes(counter.bytes),
+            format!("{:.0}", counter.packets_per_second),
+        ];
+        if wide {
+            row.push(bytes(counter.bytes_per_second as u64));
+        }
+        table.add_row(row);
+    }
+    if gate.counters.is_empty() {
+        text.push_str("nothing counted yet\n");
+    } else {
+        let _ = writeln!(text, "{}", trimmed(&table));
+    }
+    if !gate.events.is_empty() {
+        let _ = writeln!(text, "\nlatest drops");
+        for event in &gate.events {
+            let _ = writeln!(text, "  {}", printable(event));
+        }
+    }
+    text
+}
+
+/// A packet's way.
+pub(crate) fn explanation(explanation: &Explanation, _wide: bool) -> String {
+    let (style, word) = match explanation.outcome {
+        Outcome::Encrypted => (GOOD, "encrypted"),
+        Outcome::Local => (GOOD, "local"),
+        Outcome::Plain => (BAD, "in the clear"),
+        Outcome::Dropped => (BAD, "dropped"),
+        Outcome::Elsewhere => (FAINT, "not here"),
+    };
+    let mut text = format!(
+        "{} -> {}: {style}{word}{style:#}: {}\n",
+        explanation.source, explanation.destination, explanation.because
+    );
+    for (number, step) in explanation.steps.iter().enumerate() {
+        let _ = writeln!(text, "  {}. {:<12} {}", number + 1, step.stage, printable(&step.says));
+    }
+    text
+}
+
+/// What a cleanup did.
+pub(crate) fn cleaned(cleaned: &Cleaned, _wide: bool) -> String {
+    let mut text = String::new();
+    for (style, word, lines) in
+        [(GOOD, "removed", &cleaned.removed), (BAD, "could not remove", &cleaned.failures), (FAINT, "kept", &cleaned.kept)]
+    {
+        for line in lines {
+            let _ = writeln!(text, "{style}{word}{style:#} {}", printable(line));
+        }
+    }
+    if cleaned.removed.is_empty() {
+        text.push_str("nothing of ours was there\n");
+    }
+    text
+}
+
+fn columns(head: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(head.iter().copied());
+    table
+}
+
+fn trimmed(table: &Table) -> String {
+    let lines: Vec<String> = table.to_string().lines().map(|line| line.trim().to_owned()).collect();
+    lines.join("\n")
+}
+
+fn list_or(items: &[String], empty: &str) -> String {
+    if items.is_empty() { empty.to_owned() } else { items.join(", ") }
+}
+
+/// Text that may come from elsewhere, without anything a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// Seconds as people say them: `3s`, `2m`, `5h`, `4d`.
+fn age(seconds: f64) -> String {
+    match seconds as u64 {
+        seconds @ ..120 => format!("{seconds}s"),
+        seconds @ ..7200 => format!("{}m", seconds / 60),
+        seconds @ ..172_800 => format!("{}h", seconds / 3600),
+        seconds => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// Bytes with a binary unit: `812`, `4.0Ki`, `1.2Gi`.
+fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    for unit in ["", "Ki", "Mi", "Gi", "Ti"] {
+        if value < 1024.0 {
+            return if unit.is_empty() { format!("{count}") } else { format!("{value:.1}{unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1}Pi")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_for_people() {
+        assert_eq!([bytes(0), bytes(1023), bytes(4096), bytes(1 << 30)], ["0", "1023", "4.0Ki", "1.0Gi"]);
+        assert_eq!([age(0.4), age(119.0), age(121.0), age(7200.0), age(200_000.0)], ["0s", "119s", "2m", "2h", "2d"]);
+    }
+
+    #[test]
+    fn foreign_text_cannot_steer_the_terminal() {
+        assert_eq!(printable("a\u{1b}[31mb\nc"), "a\u{fffd}[31mb\u{fffd}c");
+    }
+}

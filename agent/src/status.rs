@@ -1,0 +1,185 @@
+//! What the agent says of itself: one structure, from which the status socket, the tables, the JSON and the exit code are rendered.
+//!
+//! The JSON is an interface: `version` rises when a field changes its meaning or goes; new fields may come without. `docs/status.md`
+//! explains each.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+use shroud_model::{Mtu, NodeName, Prefix, PublicKey};
+
+/// The version of the JSON form.
+pub(crate) const VERSION: u32 = 1;
+
+/// Whether every protected byte is encrypted and everything works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Verdict {
+    /// The gate enforces, every known node is an encrypted peer, the last pass failed nowhere.
+    Healthy,
+    /// Something needs a look; `summary` and `problems` say what.
+    Degraded,
+}
+
+/// The whole of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Status {
+    pub(crate) version: u32,
+    pub(crate) verdict: Verdict,
+    /// One line that says what the verdict rests on.
+    pub(crate) summary: String,
+    pub(crate) node: NodeName,
+    pub(crate) public_key: PublicKey,
+    pub(crate) fingerprint: String,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) pod_prefixes: Vec<Prefix>,
+    pub(crate) encryption: EncryptionStatus,
+    pub(crate) gate: GateStatus,
+    pub(crate) directory: DirectoryStatus,
+    pub(crate) peers: Vec<PeerStatus>,
+    pub(crate) refused: Vec<RefusedStatus>,
+    pub(crate) pass: PassStatus,
+    /// What needs a look, most pressing first.
+    pub(crate) problems: Vec<String>,
+}
+
+/// Which WireGuard encrypts, and why that one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct EncryptionStatus {
+    pub(crate) backend: String,
+    pub(crate) because: String,
+    pub(crate) device: String,
+    pub(crate) listen_port: u16,
+}
+
+/// The gate at a glance; `shroud gate` has the rest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct GateStatus {
+    pub(crate) mode: String,
+    /// The devices it really is attached to, as read back from the kernel.
+    pub(crate) uplinks: Vec<String>,
+    pub(crate) pod_devices: Vec<String>,
+    pub(crate) encrypted_packets: u64,
+    pub(crate) dropped_packets: u64,
+    /// Bytes of protected traffic that passed in the clear since the gate was first loaded: 0 unless the mode is or was audit or off.
+    pub(crate) plaintext_bytes: u64,
+}
+
+/// Where the knowledge of the mesh comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct DirectoryStatus {
+    pub(crate) source: String,
+    /// `waiting` before the first complete list, `cached` when what is known comes from the disk, `live` afterwards.
+    pub(crate) state: String,
+    pub(crate) problems: Vec<String>,
+}
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PeerStatus {
+    pub(crate) node: NodeName,
+    pub(crate) public_key: PublicKey,
+    pub(crate) fingerprint: String,
+    pub(crate) backend: String,
+    /// The endpoint in use; `null` when none can be reached.
+    pub(crate) endpoint: Option<SocketAddr>,
+    /// Seconds since the last handshake; `null` when there was none.
+    pub(crate) handshake_age_seconds: Option<f64>,
+    pub(crate) rx_bytes: u64,
+    pub(crate) tx_bytes: u64,
+    pub(crate) mtu: Mtu,
+    pub(crate) pod_prefixes: Vec<Prefix>,
+    pub(crate) problems: Vec<String>,
+}
+
+/// A node that is known and kept out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RefusedStatus {
+    pub(crate) node: String,
+    pub(crate) reasons: Vec<String>,
+    /// The prefixes to which traffic is dropped.
+    pub(crate) fenced: Vec<Prefix>,
+}
+
+/// The last comparison of the kernel with the plan.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PassStatus {
+    pub(crate) number: u64,
+    /// How many changes it made; 0 when the kernel was as planned.
+    pub(crate) changes: usize,
+    pub(crate) failures: Vec<String>,
+    pub(crate) seconds: f64,
+    /// The changes of the latest pass that made any, newest last; bounded.
+    pub(crate) latest_changes: Vec<String>,
+}
+
+/// The gate's counters, for `shroud gate`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct GateCounters {
+    pub(crate) version: u32,
+    pub(crate) mode: String,
+    pub(crate) counters: Vec<CounterStatus>,
+    pub(crate) events: Vec<String>,
+}
+
+/// One counter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct CounterStatus {
+    /// The node at the other end, or empty when it is nobody we know.
+    pub(crate) node: String,
+    pub(crate) direction: String,
+    pub(crate) family: String,
+    pub(crate) verdict: String,
+    pub(crate) reason: String,
+    pub(crate) packets: u64,
+    pub(crate) bytes: u64,
+    pub(crate) packets_per_second: f64,
+    pub(crate) bytes_per_second: f64,
+}
+
+/// What happens to a packet, step by step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Explanation {
+    pub(crate) version: u32,
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
+    pub(crate) outcome: Outcome,
+    /// One line that says why.
+    pub(crate) because: String,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Outcome {
+    /// It leaves this node encrypted, or arrived so.
+    Encrypted,
+    /// It stays on this node.
+    Local,
+    /// It leaves in the clear, because nothing protected is in it or the configuration says so.
+    Plain,
+    /// It is dropped.
+    Dropped,
+    /// It does not pass this node.
+    Elsewhere,
+}
+
+/// One station of a packet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Step {
+    /// Who decides: `source`, `destination`, `route`, `gate` or `tunnel`.
+    pub(crate) stage: String,
+    pub(crate) says: String,
+}

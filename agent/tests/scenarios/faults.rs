@@ -1,0 +1,179 @@
+//! Invariants I1, I2 and I6: whatever dies, nothing leaves in the clear, and established connections live on.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use shroud_lab::traffic::pulse::Pulse;
+use shroud_lab::{AgentOptions, Family, Protocol};
+
+use crate::mesh::{Mesh, SHROUD, nothing_leaked};
+
+/// Long-lived TCP connections with an echo every 10 ms, in both families.
+fn pulses(mesh: &Mesh) -> Result<Vec<Pulse>> {
+    Family::BOTH
+        .into_iter()
+        .map(|family| Pulse::start(Protocol::Tcp, family, mesh.lab.pod("a0"), mesh.lab.pod("b0"), 5, &mesh.lab.markers))
+        .collect()
+}
+
+/// Waits until every connection speaks again, and insists that none was lost and that it did not take longer than allowed.
+fn recovered(mesh: &Mesh, pulses: &[Pulse], since: Instant, within: Duration) -> Result<()> {
+    mesh.lab.eventually("traffic is back", within, || {
+        for beat in pulses.iter().flat_map(Pulse::beats) {
+            if let Some(why) = beat.lost {
+                return Err(format!("{} was lost: {why}", beat.name));
+            }
+            if since.elapsed() < beat.silent_for || beat.silent_for > Duration::from_millis(500) {
+                return Err(format!("{} is silent for {:?}", beat.name, beat.silent_for));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+fn none_was_lost(pulses: Vec<Pulse>) -> Result<Duration> {
+    let mut longest = Duration::ZERO;
+    for beat in pulses.into_iter().flat_map(Pulse::stop) {
+        ensure!(beat.lost.is_none(), "{}: {:?}", beat.name, beat.lost);
+        ensure!(beat.echoes > 0, "{} never spoke", beat.name);
+        longest = longest.max(beat.longest_gap);
+    }
+    Ok(longest)
+}
+
+#[test]
+fn with_the_gate_off_the_same_capture_finds_the_payloads() -> Result<()> {
+    let mesh = Mesh::started("twin", 2, &AgentOptions::new(SHROUD).gate("off"))?;
+    for agent in &mesh.agents {
+        mesh.eventually("routes are there", Duration::from_secs(30), agent, |status| {
+            status.pass.number > 0 && !status.peers.is_empty() && status.pass.failures.is_empty()
+        })?;
+    }
+    let capture = mesh.capture()?;
+
+    mesh.all_flows_work("a0", "b0")?;
+
+    let evidence = capture.stop()?;
+    ensure!(evidence.plaintext_frames() > 0, "the oracle is blind: {evidence:?}");
+    Ok(())
+}
+
+#[test]
+fn an_agent_that_is_killed_loses_no_connection_and_leaks_nothing() -> Result<()> {
+    let mut mesh = Mesh::healthy("kill", 2)?;
+    let capture = mesh.capture()?;
+    let pulses = pulses(&mesh)?;
+
+    mesh.agent_mut("a").kill()?;
+    mesh.all_flows_work("a1", "b1")?;
+    let restarted = Instant::now();
+    mesh.agent_mut("a").restart()?;
+    let status = mesh.eventually("a is healthy again", Duration::from_secs(5), mesh.agent("a"), |status| {
+        status.verdict == "healthy"
+    })?;
+
+    ensure!(status.pass.changes == 0 || restarted.elapsed() > Duration::ZERO, "unreachable");
+    mesh.all_flows_work("a1", "b1")?;
+    let longest = none_was_lost(pulses)?;
+    ensure!(longest < Duration::from_secs(1), "the longest stall was {longest:?}");
+    nothing_leaked(capture)?;
+    Ok(())
+}
+
+#[test]
+fn sigterm_leaves_the_data_plane() -> Result<()> {
+    let mut mesh = Mesh::healthy("term", 2)?;
+    let capture = mesh.capture()?;
+    let pulses = pulses(&mesh)?;
+    let wire = mesh.agent("a").wire();
+
+    let exit = mesh.agent_mut("a").terminate(Duration::from_secs(5))?;
+
+    ensure!(exit.success(), "the agent ended with {exit}");
+    ensure!(wire.is_some() && mesh.agent("a").wire() == wire, "`shroud wire` did not outlive the agent");
+    mesh.all_flows_work("a1", "b1")?;
+    mesh.all_flows_work("b1", "a1")?;
+    none_was_lost(pulses)?;
+    nothing_leaked(capture)?;
+    Ok(())
+}
+
+#[test]
+fn a_restarted_agent_changes_nothing() -> Result<()> {
+    let mut mesh = Mesh::healthy("again", 2)?;
+
+    mesh.agent_mut("a").kill()?;
+    mesh.agent_mut("a").restart()?;
+
+    let status = mesh.eventually("a is healthy again", Duration::from_secs(5), mesh.agent("a"), |status| {
+        status.verdict == "healthy"
+    })?;
+    let changes = &status.raw["pass"]["latestChanges"];
+    ensure!(changes == &serde_json::json!([]), "a restart changed {changes}");
+    Ok(())
+}
+
+#[test]
+fn a_killed_wire_is_back_within_10_s_and_leaks_nothing() -> Result<()> {
+    let mesh = Mesh::healthy("wire", 2)?;
+    let capture = mesh.capture()?;
+    let pulses = pulses(&mesh)?;
+    let before = mesh.agent("a").wire();
+
+    let killed = Instant::now();
+    mesh.agent("a").kill_wire()?;
+
+    mesh.lab.eventually("another wire serves", Duration::from_secs(10), || {
+        let now = mesh.agent("a").wire();
+        if now.is_some() && now != before { Ok(()) } else { Err(format!("{now:?}")) }
+    })?;
+    recovered(&mesh, &pulses, killed, Duration::from_secs(10).saturating_sub(killed.elapsed()))?;
+    none_was_lost(pulses)?;
+    nothing_leaked(capture)?;
+    Ok(())
+}
+
+#[test]
+fn a_deleted_tunnel_device_is_back_within_5_s_and_leaks_nothing() -> Result<()> {
+    let mesh = Mesh::healthy("device", 2)?;
+    let capture = mesh.capture()?;
+    let pulses = pulses(&mesh)?;
+    let node = mesh.lab.node("a");
+
+    let deleted = Instant::now();
+    node.host.netns.ip(&format!("link delete {}", node.device))?;
+
+    mesh.lab.eventually("the device is back", Duration::from_secs(5), || {
+        node.host.netns.ip(&format!("link show {}", node.device)).map_err(|error| format!("{error:#}"))
+    })?;
+    recovered(&mesh, &pulses, deleted, Duration::from_secs(5).saturating_sub(deleted.elapsed()))?;
+    none_was_lost(pulses)?;
+    nothing_leaked(capture)?;
+    Ok(())
+}
+
+#[test]
+fn before_the_directory_is_known_protected_traffic_is_dropped() -> Result<()> {
+    let mesh = {
+        let lab = shroud_lab::Topology::new("early").nodes(2).pods(1).build()?;
+        // Plain routes, as another network plugin would have left them: without a gate they would carry the traffic in the clear.
+        lab.route_plainly()?;
+        std::fs::remove_dir_all(lab.directory())?;
+        let agents = shroud_lab::Agent::start_all(&lab, &AgentOptions::new(SHROUD))?;
+        Mesh { agents, lab }
+    };
+    let a = mesh.lab.node("a");
+    mesh.lab.eventually("the gate is there", Duration::from_secs(20), || {
+        let attached = a.host.netns.check("bpftool", &["net", "show", "dev", "eth0"]).map_err(|error| format!("{error:#}"))?;
+        if attached.contains("shroud") { Ok(()) } else { Err(attached) }
+    })?;
+    let capture = mesh.capture()?;
+
+    let outcome = mesh.send_in_vain(Protocol::Icmp, Family::V4, mesh.lab.pod("a0"), mesh.lab.pod("b0"));
+
+    ensure!(!outcome.ok(), "it arrived: {outcome:?}");
+    let evidence = capture.stop()?;
+    ensure!(evidence.plaintext_frames() == 0, "it leaked: {evidence:?}");
+    Ok(())
+}

@@ -1,0 +1,19 @@
+//! The shipped binary on nodes made of network namespaces, judged by raw captures, the kernel as other tools see it, and its own words.
+//!
+//! ```text
+//!   pod a0   pod a1      pod b0   pod b1
+//!      \      /             \      /
+//!       node a               node b          each runs the real `shroud agent`
+//!          |                    |
+//!     ============ underlay ============     every port captured, every frame searched for the payloads' marker
+//! ```
+
+#![expect(clippy::disallowed_methods, reason = "tests run the product, and look at the kernel through iproute2 on purpose")]
+
+mod command_line;
+mod explain;
+mod faults;
+mod mesh;
+mod reconcile;
+mod refused;
+mod secrets;

@@ -1,0 +1,105 @@
+//! A mesh of nodes under test, and the questions that scenarios ask it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use shroud_lab::agent::LISTEN_PORT;
+use shroud_lab::frame::Allowed;
+use shroud_lab::{Agent, AgentOptions, Capture, Evidence, Family, Flow, Host, Lab, Outcome, Protocol, Status, Topology};
+
+/// The binary under test.
+pub(crate) const SHROUD: &str = env!("CARGO_BIN_EXE_shroud");
+
+/// How long a mesh may take to come up on a busy machine.
+const START: Duration = Duration::from_secs(30);
+
+pub(crate) struct Mesh {
+    pub(crate) agents: Vec<Agent>,
+    pub(crate) lab: Lab,
+}
+
+impl Mesh {
+    /// Nodes whose agents all say that everything is well.
+    pub(crate) fn healthy(name: &str, nodes: u8) -> Result<Self> {
+        let mesh = Self::started(name, nodes, &AgentOptions::new(SHROUD))?;
+        for agent in &mesh.agents {
+            mesh.eventually(&format!("{} is healthy", agent.node().host.name), START, agent, |status| {
+                status.verdict == "healthy"
+            })?;
+        }
+        Ok(mesh)
+    }
+
+    /// Nodes whose agents were just started.
+    pub(crate) fn started(name: &str, nodes: u8, options: &AgentOptions) -> Result<Self> {
+        let lab = Topology::new(name).nodes(nodes).pods(2).build()?;
+        let agents = Agent::start_all(&lab, options)?;
+        Ok(Self { agents, lab })
+    }
+
+    /// Waits until an agent's status is as wished, and returns it.
+    pub(crate) fn eventually(
+        &self,
+        what: &str,
+        within: Duration,
+        agent: &Agent,
+        wished: impl Fn(&Status) -> bool,
+    ) -> Result<Status> {
+        self.lab.eventually(what, within, || {
+            let status = agent.status().map_err(|error| format!("{error:#}"))?;
+            if wished(&status) { Ok(status) } else { Err(format!("{:#}", status.raw)) }
+        })
+    }
+
+    /// Captures every underlay port from now on.
+    pub(crate) fn capture(&self) -> Result<Capture> {
+        Capture::start(&self.lab, Allowed::wireguard(LISTEN_PORT, self.lab.protected()))
+    }
+
+    /// Sends one flow.
+    pub(crate) fn send(&self, protocol: Protocol, family: Family, from: &Host, to: &Host) -> Outcome {
+        Flow::new(protocol, family, from, to).run(&self.lab.markers)
+    }
+
+    /// Sends one small flow that is expected not to arrive.
+    pub(crate) fn send_in_vain(&self, protocol: Protocol, family: Family, from: &Host, to: &Host) -> Outcome {
+        Flow::new(protocol, family, from, to).sizes(&[64]).patience(Duration::from_secs(2)).run(&self.lab.markers)
+    }
+
+    /// Sends every kind of flow between the first pods of two nodes, and insists that they arrive.
+    pub(crate) fn all_flows_work(&self, from: &str, to: &str) -> Result<()> {
+        for protocol in Protocol::ALL {
+            for family in Family::BOTH {
+                let outcome = self.send(protocol, family, self.lab.pod(from), self.lab.pod(to));
+                ensure!(outcome.ok(), "{}: {:?}\n{}", outcome.flow, outcome.error, self.lab.dump());
+            }
+        }
+        Ok(())
+    }
+
+    /// The agent of a node.
+    pub(crate) fn agent(&self, name: &str) -> &Agent {
+        self.agents.iter().find(|agent| agent.node().host.name == name).expect("a node of the lab")
+    }
+
+    pub(crate) fn agent_mut(&mut self, name: &str) -> &mut Agent {
+        self.agents.iter_mut().find(|agent| agent.node().host.name == name).expect("a node of the lab")
+    }
+
+    /// What a subcommand answers, as JSON.
+    pub(crate) fn json(&self, node: &str, arguments: &[&str]) -> Result<Value> {
+        let mut with_format = arguments.to_vec();
+        with_format.extend(["-o", "json"]);
+        let output = self.agent(node).ask(&with_format)?;
+        serde_json::from_str(&output.stdout).with_context(|| format!("{arguments:?} answered {output:?}"))
+    }
+}
+
+/// Ends a capture and insists that nothing leaked and nothing was missed.
+pub(crate) fn nothing_leaked(capture: Capture) -> Result<Evidence> {
+    let evidence = capture.stop()?;
+    evidence.clean().map_err(anyhow::Error::msg)?;
+    ensure!(evidence.frames() > 0, "the capture saw nothing at all");
+    Ok(evidence)
+}

@@ -33,9 +33,15 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
     if let Ok(file) = std::fs::File::open(&lock)
         && matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock))
     {
-        bail!("an agent is running with {} and would put everything back; end it first", config.runtime_dir.display());
+        bail!(
+            "an agent is running with {} and would put everything back; end it first",
+            config.runtime_dir.display()
+        );
     }
-    let mut cleaned = Cleaned { version: VERSION, ..Cleaned::default() };
+    let mut cleaned = Cleaned {
+        version: VERSION,
+        ..Cleaned::default()
+    };
     let device = &config.encryption.device;
     let mut kernel = Kernel::open().context("open routing netlink")?;
 
@@ -56,13 +62,20 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
     cleaned.removed.extend(gate.removed);
     cleaned.failures.extend(gate.errors.iter().map(ToString::to_string));
 
-    for file in [config.socket(), lock, config.runtime_dir.join(format!("{device}.wire.log"))] {
+    for file in [
+        config.socket(),
+        lock,
+        config.runtime_dir.join(format!("{device}.wire.log")),
+    ] {
         match std::fs::remove_file(&file) {
             Ok(()) => cleaned.removed.push(format!("file {}", file.display())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => cleaned.failures.push(format!("remove {}: {error}", file.display())),
         }
     }
-    cleaned.kept.push(format!("{} (this node's key and what it last knew of the mesh)", config.state_dir.display()));
+    cleaned.kept.push(format!(
+        "{} (this node's key and what it last knew of the mesh)",
+        config.state_dir.display()
+    ));
     Ok(cleaned)
 }

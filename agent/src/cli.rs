@@ -127,7 +127,12 @@ pub(crate) enum ConfigCommand {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct View {
     /// The agent's status socket.
-    #[arg(long, value_name = "PATH", env = "SHROUD_SOCKET", default_value = "/run/shroud/shroud.sock")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "SHROUD_SOCKET",
+        default_value = "/run/shroud/shroud.sock"
+    )]
     pub(crate) socket: PathBuf,
     /// How to print the answer.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
@@ -172,7 +177,10 @@ impl FromStr for Source {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "node" => Ok(Self::Node),
-            address => address.parse().map(Self::Address).map_err(|_| "give an IP address, or `node`".to_owned()),
+            address => address
+                .parse()
+                .map(Self::Address)
+                .map_err(|_| "give an IP address, or `node`".to_owned()),
         }
     }
 }

@@ -230,7 +230,8 @@ fn yes() -> bool {
 fn host_name() -> NodeName {
     let system = rustix::system::uname();
     let name = system.nodename().to_string_lossy().to_lowercase();
-    name.parse().unwrap_or_else(|_| "localhost".parse().expect("a valid name"))
+    name.parse()
+        .unwrap_or_else(|_| "localhost".parse().expect("a valid name"))
 }
 
 /// Why a configuration is refused: the file, the key, the value, and what would be right.
@@ -292,32 +293,46 @@ impl Config {
         let document: serde_json::Value = serde_saphyr::from_str_with_options(text, options)
             .map_err(|error| refuse("", None, format!("is not YAML: {}", first_line(&error.to_string()))))?;
         if !document.is_object() {
-            return Err(refuse("", None, "is not a mapping of keys to values (see docs/shroud.example.yaml)".to_owned()));
+            return Err(refuse(
+                "",
+                None,
+                "is not a mapping of keys to values (see docs/shroud.example.yaml)".to_owned(),
+            ));
         }
         let config: Self = serde_path_to_error::deserialize(document.clone()).map_err(|error| {
             let key = error.path().to_string();
             let key = if key == "." { String::new() } else { key };
-            let value = value_at(&document, &key).filter(|value| !value.is_object()).map(ToString::to_string);
+            let value = value_at(&document, &key)
+                .filter(|value| !value.is_object())
+                .map(ToString::to_string);
             refuse(&key, value, error.into_inner().to_string())
         })?;
-        config.check().map_err(|(key, value, reason)| refuse(key, Some(value), reason))?;
+        config
+            .check()
+            .map_err(|(key, value, reason)| refuse(key, Some(value), reason))?;
         Ok(config)
     }
 
     /// What the types alone cannot say: how the knobs fit together.
     fn check(&self) -> Result<(), (&'static str, String, String)> {
         if self.pod_prefixes.is_empty() {
-            return Err(("podPrefixes", "[]".to_owned(), "name at least one range for this node's pods".to_owned()));
+            return Err((
+                "podPrefixes",
+                "[]".to_owned(),
+                "name at least one range for this node's pods".to_owned(),
+            ));
         }
         for prefix in &self.pod_prefixes {
             if !self.protected.iter().any(|range| range.covers(*prefix)) {
-                let reason = "lies outside `protected`, so its traffic would be in the clear; add the range there".to_owned();
+                let reason =
+                    "lies outside `protected`, so its traffic would be in the clear; add the range there".to_owned();
                 return Err(("podPrefixes", prefix.to_string(), reason));
             }
         }
         for range in &self.protected {
             if range.length() == 0 {
-                let reason = "is every address there is, the underlay's too; name the pod ranges of the mesh".to_owned();
+                let reason =
+                    "is every address there is, the underlay's too; name the pod ranges of the mesh".to_owned();
                 return Err(("protected", range.to_string(), reason));
             }
         }
@@ -330,7 +345,9 @@ impl Config {
         let device = &self.encryption.device;
         let well_formed = device.starts_with("shroud")
             && device.len() <= 15
-            && device.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.');
+            && device
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.');
         if !well_formed {
             let reason = "must begin with `shroud`, by which it is known as ours, and have at most 15 letters, digits, '-' or '.'";
             return Err(("encryption.device", device.clone(), reason.to_owned()));
@@ -344,9 +361,17 @@ impl Config {
             return Err(("encryption.keepalive", self.encryption.keepalive.to_string(), reason));
         }
         if self.resync.is_zero() || self.resync.as_secs() > 300 {
-            return Err(("resync", self.resync.to_string(), "give 1ms to 300s; 3s repairs drift within 5 s".to_owned()));
+            return Err((
+                "resync",
+                self.resync.to_string(),
+                "give 1ms to 300s; 3s repairs drift within 5 s".to_owned(),
+            ));
         }
-        let Gate { tunnel_mark, plain_mark, .. } = self.gate;
+        let Gate {
+            tunnel_mark,
+            plain_mark,
+            ..
+        } = self.gate;
         if tunnel_mark.overlaps(plain_mark) {
             let reason = format!("shares bits with `gate.tunnelMark` {tunnel_mark}; each needs bits of its own");
             return Err(("gate.plainMark", plain_mark.to_string(), reason));
@@ -368,7 +393,10 @@ impl Config {
 }
 
 fn value_at<'a>(document: &'a serde_json::Value, dotted: &str) -> Option<&'a serde_json::Value> {
-    let pointer: String = dotted.split(['.', '[']).map(|part| format!("/{}", part.trim_end_matches(']'))).collect();
+    let pointer: String = dotted
+        .split(['.', '['])
+        .map(|part| format!("/{}", part.trim_end_matches(']')))
+        .collect();
     document.pointer(&pointer)
 }
 
@@ -392,7 +420,11 @@ directory: { file: { path: /etc/shroud/nodes } }
 
     fn refusal(changed: &str) -> String {
         let key = changed.split(':').next().unwrap();
-        let kept: String = SMALLEST.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect();
+        let kept: String = SMALLEST
+            .lines()
+            .filter(|line| !line.starts_with(key))
+            .map(|line| format!("{line}\n"))
+            .collect();
         parse(&format!("{kept}\n{changed}")).unwrap_err()
     }
 
@@ -415,10 +447,15 @@ directory: { file: { path: /etc/shroud/nodes } }
     }
 
     fn keys(value: &serde_json::Value) -> BTreeSet<String> {
-        let Some(map) = value.as_object() else { return BTreeSet::new() };
+        let Some(map) = value.as_object() else {
+            return BTreeSet::new();
+        };
         map.iter()
             .flat_map(|(key, value)| {
-                keys(value).into_iter().map(move |below| format!("{key}.{below}")).chain([key.clone()])
+                keys(value)
+                    .into_iter()
+                    .map(move |below| format!("{key}.{below}"))
+                    .chain([key.clone()])
             })
             .collect()
     }
@@ -434,32 +471,80 @@ directory: { file: { path: /etc/shroud/nodes } }
     fn an_unknown_key_is_refused_with_the_known_ones() {
         let text = refusal("gate: { mod: audit }");
 
-        assert!(text.starts_with("shroud.yaml: `gate.mod` is \"audit\": unknown field `mod`, expected one of `mode`"), "{text}");
+        assert!(
+            text.starts_with("shroud.yaml: `gate.mod` is \"audit\": unknown field `mod`, expected one of `mode`"),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_bad_value_is_refused_with_the_good_ones() {
         let cases = [
-            ("gate: { mode: on }", "`gate.mode` is \"on\": unknown variant `on`, expected one of `enforce`, `audit`, `off`"),
-            ("podPrefixes: [10.244.1.7/24]", "`podPrefixes[0]` is \"10.244.1.7/24\": 10.244.1.7/24 has bits set behind its length; write 10.244.1.0/24"),
-            ("podPrefixes: [10.9.0.0/24]", "`podPrefixes` is 10.9.0.0/24: lies outside `protected`"),
-            ("protected: [0.0.0.0/0]", "`protected` is 0.0.0.0/0: is every address there is"),
-            ("exempt: [10.1.0.1/32]", "`exempt` is 10.1.0.1/32: lies outside `protected`"),
-            ("node: Node_1", "`node` is \"Node_1\": a node name is 1 to 253 lower-case letters"),
-            ("uplinks: eth0", "`uplinks` is \"eth0\": invalid value: string \"eth0\", expected `auto` or a list"),
-            ("encryption: { device: wg0 }", "`encryption.device` is wg0: must begin with `shroud`"),
-            ("encryption: { listenPort: 0 }", "`encryption.listenPort` is 0: is no port"),
-            ("encryption: { listenPort: 70000 }", "`encryption.listenPort` is 70000: invalid value: integer `70000`, expected u16"),
-            ("encryption: { keepalive: soon }", "`encryption.keepalive` is \"soon\": \"soon\" is not a duration; write a number and a unit, such as 500ms, 25s, 5m or 1h"),
+            (
+                "gate: { mode: on }",
+                "`gate.mode` is \"on\": unknown variant `on`, expected one of `enforce`, `audit`, `off`",
+            ),
+            (
+                "podPrefixes: [10.244.1.7/24]",
+                "`podPrefixes[0]` is \"10.244.1.7/24\": 10.244.1.7/24 has bits set behind its length; write 10.244.1.0/24",
+            ),
+            (
+                "podPrefixes: [10.9.0.0/24]",
+                "`podPrefixes` is 10.9.0.0/24: lies outside `protected`",
+            ),
+            (
+                "protected: [0.0.0.0/0]",
+                "`protected` is 0.0.0.0/0: is every address there is",
+            ),
+            (
+                "exempt: [10.1.0.1/32]",
+                "`exempt` is 10.1.0.1/32: lies outside `protected`",
+            ),
+            (
+                "node: Node_1",
+                "`node` is \"Node_1\": a node name is 1 to 253 lower-case letters",
+            ),
+            (
+                "uplinks: eth0",
+                "`uplinks` is \"eth0\": invalid value: string \"eth0\", expected `auto` or a list",
+            ),
+            (
+                "encryption: { device: wg0 }",
+                "`encryption.device` is wg0: must begin with `shroud`",
+            ),
+            (
+                "encryption: { listenPort: 0 }",
+                "`encryption.listenPort` is 0: is no port",
+            ),
+            (
+                "encryption: { listenPort: 70000 }",
+                "`encryption.listenPort` is 70000: invalid value: integer `70000`, expected u16",
+            ),
+            (
+                "encryption: { keepalive: soon }",
+                "`encryption.keepalive` is \"soon\": \"soon\" is not a duration; write a number and a unit, such as 500ms, 25s, 5m or 1h",
+            ),
             ("resync: 0s", "`resync` is 0s: give 1ms to 300s"),
-            ("gate: { tunnelMark: 0x4000/0x4000 }", "`gate.tunnelMark` is 0x4000/0x4000: uses mark bits of kube-proxy"),
-            ("gate: { plainMark: 0x1000/0x1000 }", "`gate.plainMark` is 0x1000/0x1000: shares bits with `gate.tunnelMark`"),
-            ("gate: { plainMark: 7 }", "`gate.plainMark` is 7: invalid type: integer `7`, expected a string"),
+            (
+                "gate: { tunnelMark: 0x4000/0x4000 }",
+                "`gate.tunnelMark` is 0x4000/0x4000: uses mark bits of kube-proxy",
+            ),
+            (
+                "gate: { plainMark: 0x1000/0x1000 }",
+                "`gate.plainMark` is 0x1000/0x1000: shares bits with `gate.tunnelMark`",
+            ),
+            (
+                "gate: { plainMark: 7 }",
+                "`gate.plainMark` is 7: invalid type: integer `7`, expected a string",
+            ),
             ("directory: { file: {} }", "`directory.file`: missing field `path`"),
         ];
         for (changed, expected) in cases {
             let text = refusal(changed);
-            assert!(text.starts_with(&format!("shroud.yaml: {expected}")), "{changed}\n  gave  {text}\n  meant {expected}");
+            assert!(
+                text.starts_with(&format!("shroud.yaml: {expected}")),
+                "{changed}\n  gave  {text}\n  meant {expected}"
+            );
         }
     }
 
@@ -468,13 +553,22 @@ directory: { file: { path: /etc/shroud/nodes } }
         assert!(parse("").unwrap_err().contains("is not a mapping"));
         assert!(parse("[1, 2]").unwrap_err().contains("is not a mapping"));
         assert!(parse("a: [").unwrap_err().contains("is not YAML"));
-        assert!(parse(&format!("{SMALLEST}\nresync: 3s\nresync: 4s")).unwrap_err().contains("resync"));
+        assert!(
+            parse(&format!("{SMALLEST}\nresync: 3s\nresync: 4s"))
+                .unwrap_err()
+                .contains("resync")
+        );
     }
 
     #[test]
     fn a_missing_file_is_refused_by_name() {
-        let refused = Config::load(Path::new("/nonexistent/shroud.yaml")).unwrap_err().to_string();
+        let refused = Config::load(Path::new("/nonexistent/shroud.yaml"))
+            .unwrap_err()
+            .to_string();
 
-        assert!(refused.starts_with("/nonexistent/shroud.yaml: cannot be read: No such file"), "{refused}");
+        assert!(
+            refused.starts_with("/nonexistent/shroud.yaml: cannot be read: No such file"),
+            "{refused}"
+        );
     }
 }

@@ -40,7 +40,10 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
     let _only_one = take_lock(&config.runtime_dir)?;
     let key = key::load_or_create(&config.state_dir).context("load this node's key")?;
     info!(fingerprint = key.public.fingerprint(), "key");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
     runtime.block_on(live(config, key))
 }
 
@@ -80,7 +83,10 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
     }
     drop(wakes);
     thread.join().map_err(|_| anyhow!("the reconcile thread panicked"))?;
-    info!(reason = end.as_ref().copied().unwrap_or("a part failed"), "shroud agent ends; the data plane stays");
+    info!(
+        reason = end.as_ref().copied().unwrap_or("a part failed"),
+        "shroud agent ends; the data plane stays"
+    );
     end.map(|_| ())
 }
 
@@ -114,7 +120,9 @@ async fn pass_on(mut questions: mpsc::Receiver<Question>, wakes: SyncSender<Wake
                 // Whoever asked may have gone; then nobody misses the answer.
                 drop(answer.send(Err("the agent is busy; ask again".to_owned())));
             }
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => return Err(anyhow!("the reconcile thread is gone")),
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                return Err(anyhow!("the reconcile thread is gone"));
+            }
         }
     }
     Ok(())
@@ -123,8 +131,13 @@ async fn pass_on(mut questions: mpsc::Receiver<Question>, wakes: SyncSender<Wake
 fn make_private_dir(dir: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(|| format!("make {}", dir.display()))?;
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).with_context(|| format!("close {}", dir.display()))
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("make {}", dir.display()))?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("close {}", dir.display()))
 }
 
 /// Makes sure that one agent works on this node; a second one, as in a rolling update, waits for the first to end.
@@ -137,7 +150,9 @@ fn take_lock(runtime_dir: &Path) -> anyhow::Result<File> {
             warn!(lock = %path.display(), "another agent works on this node; waiting for it to end");
             file.lock().with_context(|| format!("wait for {}", path.display()))?;
         }
-        Err(std::fs::TryLockError::Error(error)) => return Err(anyhow!(error).context(format!("lock {}", path.display()))),
+        Err(std::fs::TryLockError::Error(error)) => {
+            return Err(anyhow!(error).context(format!("lock {}", path.display())));
+        }
     }
     Ok(file)
 }

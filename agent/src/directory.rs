@@ -56,7 +56,11 @@ fn source_name(config: &Config) -> String {
 impl Keeper {
     /// Makes an empty directory that knows this node, and takes up what the disk remembers.
     pub(crate) fn new(config: &Config, public_key: PublicKey, mesh: watch::Sender<Mesh>) -> Self {
-        let local = Local { node: config.node.clone(), public_key, pod_prefixes: config.pod_prefixes.clone() };
+        let local = Local {
+            node: config.node.clone(),
+            public_key,
+            pod_prefixes: config.pod_prefixes.clone(),
+        };
         let mut keeper = Self {
             config: config.clone(),
             public_key,
@@ -75,7 +79,10 @@ impl Keeper {
             }
             Ok(None) => {}
             Err(error) => {
-                warn!(error = format!("{:#}", anyhow::Error::new(error)), "starting without the last good directory");
+                warn!(
+                    error = format!("{:#}", anyhow::Error::new(error)),
+                    "starting without the last good directory"
+                );
             }
         }
         keeper.tell();
@@ -162,8 +169,17 @@ impl Keeper {
         };
         let own = [&self.source_problem, &self.cache_problem, &self.publish_problem];
         let mut problems: Vec<String> = own.into_iter().flatten().cloned().collect();
-        problems.extend(snapshot.iter().flat_map(|snapshot| &snapshot.problems).map(ToString::to_string));
-        let directory = DirectoryStatus { source: source_name(&self.config), state: state.to_owned(), problems };
+        problems.extend(
+            snapshot
+                .iter()
+                .flat_map(|snapshot| &snapshot.problems)
+                .map(ToString::to_string),
+        );
+        let directory = DirectoryStatus {
+            source: source_name(&self.config),
+            state: state.to_owned(),
+            problems,
+        };
         self.mesh.send_if_modified(|mesh| {
             let differs = mesh.snapshot != snapshot || mesh.directory != directory;
             *mesh = Mesh { snapshot, directory };
@@ -175,9 +191,17 @@ impl Keeper {
 /// What this node says of itself.
 fn record(config: &Config, public_key: PublicKey, addresses: &BTreeSet<IpAddr>) -> Record {
     let listen_port = NonZeroU16::new(config.encryption.listen_port).expect("checked when the configuration was read");
-    let endpoints = addresses.iter().take(Announcement::MAX_ENDPOINTS).map(|address| SocketAddr::new(*address, listen_port.get()));
-    let announcement =
-        Announcement { public_key, listen_port, endpoints: endpoints.collect(), epoch: 1, backend: Backend::Userspace };
+    let endpoints = addresses
+        .iter()
+        .take(Announcement::MAX_ENDPOINTS)
+        .map(|address| SocketAddr::new(*address, listen_port.get()));
+    let announcement = Announcement {
+        public_key,
+        listen_port,
+        endpoints: endpoints.collect(),
+        epoch: 1,
+        backend: Backend::Userspace,
+    };
     Record {
         node: config.node.clone(),
         addresses: addresses.iter().copied().collect(),

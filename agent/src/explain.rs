@@ -91,7 +91,11 @@ pub(crate) fn place(config: &Config, snapshot: &Snapshot, surroundings: &Surroun
     if config.protected.iter().any(|range| range.contains(address)) {
         return Place::UnknownPod;
     }
-    match snapshot.peers.iter().find(|(_, peer)| peer.addresses.contains(&address)) {
+    match snapshot
+        .peers
+        .iter()
+        .find(|(_, peer)| peer.addresses.contains(&address))
+    {
         Some((name, _)) => Place::Peer(name.clone()),
         None => Place::Outside,
     }
@@ -99,7 +103,12 @@ pub(crate) fn place(config: &Config, snapshot: &Snapshot, surroundings: &Surroun
 
 /// Says what happens to a packet.
 pub(crate) fn explain(knowledge: &Knowledge<'_>, source: IpAddr, destination: IpAddr) -> Explanation {
-    let Knowledge { config, snapshot, surroundings, .. } = *knowledge;
+    let Knowledge {
+        config,
+        snapshot,
+        surroundings,
+        ..
+    } = *knowledge;
     let from = place(config, snapshot, surroundings, source);
     let to = place(config, snapshot, surroundings, destination);
     let mut story = Story::default();
@@ -108,9 +117,19 @@ pub(crate) fn explain(knowledge: &Knowledge<'_>, source: IpAddr, destination: Ip
     let (outcome, because) = match (from.is_here(), to.is_here()) {
         (true, _) => leaving(knowledge, &from, source, destination, &mut story),
         (false, true) => arriving(knowledge, &from, source, destination, &mut story),
-        (false, false) => (Outcome::Elsewhere, "neither end is on this node; ask the node that has the source".to_owned()),
+        (false, false) => (
+            Outcome::Elsewhere,
+            "neither end is on this node; ask the node that has the source".to_owned(),
+        ),
     };
-    Explanation { version: VERSION, source, destination, outcome, because, steps: story.0 }
+    Explanation {
+        version: VERSION,
+        source,
+        destination,
+        outcome,
+        because,
+        steps: story.0,
+    }
 }
 
 /// A packet that starts on this node.
@@ -137,16 +156,43 @@ fn leaving(
         return (Outcome::Local, format!("it stays on this node, behind {device}"));
     }
     if !attached_at(knowledge.gate, Hook::Egress).contains(device) {
-        story.tell("gate", format!("{device} has no gate: it is neither an uplink nor a pod's device"));
-        return (Outcome::Plain, format!("it leaves by {device}, which is not an uplink; name it in `uplinks` if it leads to the underlay"));
+        story.tell(
+            "gate",
+            format!("{device} has no gate: it is neither an uplink nor a pod's device"),
+        );
+        return (
+            Outcome::Plain,
+            format!("it leaves by {device}, which is not an uplink; name it in `uplinks` if it leads to the underlay"),
+        );
     }
-    let exempt = config.exempt.iter().any(|range| range.contains(source) || range.contains(destination));
-    let mark = if exempt && *from == Place::OwnPod { config.gate.plain_mark.value() } else { 0 };
-    let facts = Facts { direction: Direction::Egress, source, destination, protocol: TCP, ports: None, mark };
+    let exempt = config
+        .exempt
+        .iter()
+        .any(|range| range.contains(source) || range.contains(destination));
+    let mark = if exempt && *from == Place::OwnPod {
+        config.gate.plain_mark.value()
+    } else {
+        0
+    };
+    let facts = Facts {
+        direction: Direction::Egress,
+        source,
+        destination,
+        protocol: TCP,
+        ports: None,
+        mark,
+    };
     match verdict(knowledge, &facts) {
         Err(reason) => (Outcome::Dropped, reason),
         Ok((Action::Redirect(_), reason, _)) => {
-            story.tell("gate", format!("{device} egress: {}; turned into {}", reason.as_str(), config.encryption.device));
+            story.tell(
+                "gate",
+                format!(
+                    "{device} egress: {}; turned into {}",
+                    reason.as_str(),
+                    config.encryption.device
+                ),
+            );
             through_the_tunnel(knowledge, destination, story)
         }
         Ok((Action::Drop, reason, _)) => {
@@ -156,7 +202,10 @@ fn leaving(
         Ok((Action::Pass, reason, audited)) => {
             let audit = if audited { ", which enforce would drop" } else { "" };
             story.tell("gate", format!("{device} egress: {}; passes{audit}", reason.as_str()));
-            (Outcome::Plain, format!("it leaves {device} in the clear: {}", why(reason)))
+            (
+                Outcome::Plain,
+                format!("it leaves {device} in the clear: {}", why(reason)),
+            )
         }
     }
 }
@@ -169,7 +218,14 @@ fn arriving(
     destination: IpAddr,
     story: &mut Story,
 ) -> (Outcome, String) {
-    let facts = Facts { direction: Direction::Ingress, source, destination, protocol: TCP, ports: None, mark: 0 };
+    let facts = Facts {
+        direction: Direction::Ingress,
+        source,
+        destination,
+        protocol: TCP,
+        ports: None,
+        mark: 0,
+    };
     let in_the_clear = match verdict(knowledge, &facts) {
         Err(reason) => return (Outcome::Dropped, reason),
         Ok(verdict) => verdict,
@@ -179,11 +235,29 @@ fn arriving(
     {
         return match owner(knowledge, source) {
             Some((key, _)) => {
-                story.tell("tunnel", format!("accepted only when decrypted from peer {node} (key {})", key.fingerprint()));
-                story.tell("gate", format!("in the clear on an uplink it would be dropped: {}", in_the_clear.1.as_str()));
-                (Outcome::Encrypted, format!("it arrives encrypted from {node}, or not at all"))
+                story.tell(
+                    "tunnel",
+                    format!(
+                        "accepted only when decrypted from peer {node} (key {})",
+                        key.fingerprint()
+                    ),
+                );
+                story.tell(
+                    "gate",
+                    format!(
+                        "in the clear on an uplink it would be dropped: {}",
+                        in_the_clear.1.as_str()
+                    ),
+                );
+                (
+                    Outcome::Encrypted,
+                    format!("it arrives encrypted from {node}, or not at all"),
+                )
             }
-            None => (Outcome::Dropped, format!("the tunnel has no peer that may send from {source}")),
+            None => (
+                Outcome::Dropped,
+                format!("the tunnel has no peer that may send from {source}"),
+            ),
         };
     }
     let (action, reason, audited) = in_the_clear;
@@ -200,14 +274,29 @@ fn through_the_tunnel(knowledge: &Knowledge<'_>, destination: IpAddr, story: &mu
         story.tell("tunnel", format!("no peer's allowed IPs contain {destination}"));
         return (Outcome::Dropped, "no tunnel leads to it".to_owned());
     };
-    let node = knowledge.snapshot.peers.iter().find(|(_, known)| known.public_key == key);
+    let node = knowledge
+        .snapshot
+        .peers
+        .iter()
+        .find(|(_, known)| known.public_key == key);
     let node = node.map_or_else(|| "an unknown node".to_owned(), |(name, _)| name.to_string());
-    let endpoint = peer.endpoint.map_or_else(|| "no known endpoint".to_owned(), |endpoint| endpoint.to_string());
+    let endpoint = peer
+        .endpoint
+        .map_or_else(|| "no known endpoint".to_owned(), |endpoint| endpoint.to_string());
     let handshake = match peer.last_handshake {
         None => "no handshake yet, so it waits for one".to_owned(),
-        Some(at) => format!("last handshake {} s ago", knowledge.now.duration_since(at).unwrap_or_default().as_secs()),
+        Some(at) => format!(
+            "last handshake {} s ago",
+            knowledge.now.duration_since(at).unwrap_or_default().as_secs()
+        ),
     };
-    story.tell("tunnel", format!("encrypted for {node} (key {}), sent to {endpoint}; {handshake}", key.fingerprint()));
+    story.tell(
+        "tunnel",
+        format!(
+            "encrypted for {node} (key {}), sent to {endpoint}; {handshake}",
+            key.fingerprint()
+        ),
+    );
     (Outcome::Encrypted, format!("it leaves this node encrypted for {node}"))
 }
 
@@ -215,7 +304,9 @@ fn through_the_tunnel(knowledge: &Knowledge<'_>, destination: IpAddr, story: &mu
 fn owner<'a>(knowledge: &Knowledge<'a>, address: IpAddr) -> Option<(PublicKey, &'a shroud_tunnel::ObservedPeer)> {
     let peers = knowledge.tunnel?.peers.iter();
     let claims = peers.flat_map(|(key, peer)| peer.allowed_ips.iter().map(move |prefix| (prefix, key, peer)));
-    let longest = claims.filter(|(prefix, ..)| prefix.contains(address)).max_by_key(|(prefix, ..)| prefix.length());
+    let longest = claims
+        .filter(|(prefix, ..)| prefix.contains(address))
+        .max_by_key(|(prefix, ..)| prefix.length());
     longest.map(|(_, key, peer)| (*key, peer))
 }
 
@@ -268,6 +359,9 @@ struct Story(Vec<Step>);
 
 impl Story {
     fn tell(&mut self, stage: &str, says: String) {
-        self.0.push(Step { stage: stage.to_owned(), says });
+        self.0.push(Step {
+            stage: stage.to_owned(),
+            says,
+        });
     }
 }

@@ -38,7 +38,11 @@ fn run(command: Command) -> Exit {
         Command::Status(view) => status(&view),
         Command::Peers(view) => peers(&view),
         Command::Gate(view) => gate(&view),
-        Command::Explain { source, destination, view } => explain(&view, Request::Explain { source, destination }),
+        Command::Explain {
+            source,
+            destination,
+            view,
+        } => explain(&view, Request::Explain { source, destination }),
         Command::Cleanup { config, output } => clean_up(&config, output),
         Command::Config(ConfigCommand::Check { file }) => check(&file),
         Command::Config(ConfigCommand::Show { file, output }) => show(&file, output),
@@ -58,7 +62,10 @@ fn agent(file: &Path, format: LogFormat) -> Exit {
     match daemon::run(config) {
         Ok(()) => Exit::Healthy,
         Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "the agent ends; the data plane stays as it is");
+            tracing::error!(
+                error = format!("{error:#}"),
+                "the agent ends; the data plane stays as it is"
+            );
             Exit::Degraded
         }
     }
@@ -123,7 +130,11 @@ fn clean_up(file: &Path, output: Output) -> Exit {
     match cleanup::run(&config) {
         Ok(cleaned) => {
             print(&render::render(&cleaned, output, render::cleaned));
-            if cleaned.failures.is_empty() { Exit::Healthy } else { Exit::Degraded }
+            if cleaned.failures.is_empty() {
+                Exit::Healthy
+            } else {
+                Exit::Degraded
+            }
         }
         Err(error) => complain(&format_args!("{error:#}"), Exit::Degraded),
     }
@@ -172,7 +183,10 @@ fn complain(what: &dyn std::fmt::Display, exit: Exit) -> Exit {
 /// Logs to stderr, at `info` unless RUST_LOG says otherwise.
 fn log_to_stderr(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

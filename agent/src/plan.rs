@@ -74,13 +74,22 @@ pub(crate) fn addresses_of_interest(snapshot: &Snapshot) -> BTreeSet<IpAddr> {
     snapshot
         .peers
         .values()
-        .flat_map(|peer| peer.endpoints.iter().map(SocketAddr::ip).chain(peer.addresses.iter().copied()))
+        .flat_map(|peer| {
+            peer.endpoints
+                .iter()
+                .map(SocketAddr::ip)
+                .chain(peer.addresses.iter().copied())
+        })
         .collect()
 }
 
 /// The device by which a packet leaves this node, or `None` when it does not leave.
 pub(crate) fn outgoing(hop: &Hop) -> Option<&str> {
-    if hop.kind == HopKind::Unicast { hop.device.as_deref() } else { None }
+    if hop.kind == HopKind::Unicast {
+        hop.device.as_deref()
+    } else {
+        None
+    }
 }
 
 /// The devices that lead to the underlay.
@@ -89,7 +98,12 @@ pub(crate) fn uplinks(config: &Config, facts: &Facts, hops: &BTreeMap<IpAddr, Ho
         Detect::Given(devices) => devices.clone(),
         Detect::Auto => {
             let reaching_a_peer = hops.values().filter_map(outgoing).map(str::to_owned);
-            let mut devices: BTreeSet<String> = facts.default_route_devices.iter().cloned().chain(reaching_a_peer).collect();
+            let mut devices: BTreeSet<String> = facts
+                .default_route_devices
+                .iter()
+                .cloned()
+                .chain(reaching_a_peer)
+                .collect();
             devices.remove(&config.encryption.device);
             devices
         }
@@ -125,8 +139,19 @@ pub(crate) fn mesh_addresses(config: &Config) -> BTreeMap<Family, IpAddr> {
 
 /// Computes what the kernel should look like.
 pub(crate) fn plan(view: &View<'_>) -> Plan {
-    let View { config, key, backend, snapshot, surroundings } = *view;
-    let Surroundings { facts, hops, pod_devices, encryption_device } = surroundings;
+    let View {
+        config,
+        key,
+        backend,
+        snapshot,
+        surroundings,
+    } = *view;
+    let Surroundings {
+        facts,
+        hops,
+        pod_devices,
+        encryption_device,
+    } = surroundings;
     let device = &config.encryption.device;
     let uplinks = uplinks(config, facts, hops);
     let addresses = node_addresses(config, facts, &uplinks);
@@ -137,7 +162,11 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         .iter()
         .map(|(name, peer)| (name.clone(), plan_peer(peer, &addresses, facts, hops, &uplinks)))
         .collect();
-    let device_mtu = peers.values().map(|peer| peer.mtu).max().unwrap_or_else(|| smallest_tunnel_mtu(facts, &uplinks));
+    let device_mtu = peers
+        .values()
+        .map(|peer| peer.mtu)
+        .max()
+        .unwrap_or_else(|| smallest_tunnel_mtu(facts, &uplinks));
 
     let mut routes = BTreeSet::new();
     for (name, planned) in &peers {
@@ -161,12 +190,18 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
             public_key: key.public,
             listen_port: config.encryption.listen_port,
             mark: config.gate.tunnel_mark,
-            peers: peers.values().map(|peer| (peer.public_key, tunnel_peer(peer, config))).collect(),
+            peers: peers
+                .values()
+                .map(|peer| (peer.public_key, tunnel_peer(peer, config)))
+                .collect(),
         },
         routing: shroud_routing::Desired {
             links: BTreeMap::from([(
                 device.clone(),
-                Link { mtu: device_mtu, addresses: mesh_addresses(config).into_values().collect() },
+                Link {
+                    mtu: device_mtu,
+                    addresses: mesh_addresses(config).into_values().collect(),
+                },
             )]),
             routes,
             sysctls: BTreeMap::from([
@@ -199,13 +234,23 @@ fn surrounding_problems(
         problems.push("no uplink: no device has a default route or reaches a peer; name them in `uplinks`".to_owned());
     }
     for device in uplinks.iter().filter(|device| !facts.links.contains_key(*device)) {
-        problems.push(format!("uplink {device} does not exist; correct `uplinks`, or bring the device up"));
+        problems.push(format!(
+            "uplink {device} does not exist; correct `uplinks`, or bring the device up"
+        ));
     }
     if addresses.is_empty() {
-        problems.push("no address at which a peer could reach this node; give the uplink one, or name them in `addresses`".to_owned());
+        problems.push(
+            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`"
+                .to_owned(),
+        );
     }
-    for address in addresses.iter().filter(|address| config.protected.iter().any(|range| range.contains(**address))) {
-        problems.push(format!("this node's address {address} lies in `protected`: its own tunnel would need a tunnel"));
+    for address in addresses
+        .iter()
+        .filter(|address| config.protected.iter().any(|range| range.contains(**address)))
+    {
+        problems.push(format!(
+            "this node's address {address} lies in `protected`: its own tunnel would need a tunnel"
+        ));
     }
     problems
 }
@@ -218,21 +263,34 @@ fn plan_peer(
     uplinks: &BTreeSet<String>,
 ) -> PlannedPeer {
     let mut problems = Vec::new();
-    let reachable = own_addresses.iter().map(|address| Family::of(*address)).collect::<BTreeSet<_>>();
-    let way = peer.endpoints.iter().filter(|endpoint| reachable.contains(&Family::of(endpoint.ip()))).find_map(|endpoint| {
-        let hop = hops.get(&endpoint.ip())?;
-        Some((*endpoint, outgoing(hop)?, hop.mtu))
-    });
+    let reachable = own_addresses
+        .iter()
+        .map(|address| Family::of(*address))
+        .collect::<BTreeSet<_>>();
+    let way = peer
+        .endpoints
+        .iter()
+        .filter(|endpoint| reachable.contains(&Family::of(endpoint.ip())))
+        .find_map(|endpoint| {
+            let hop = hops.get(&endpoint.ip())?;
+            Some((*endpoint, outgoing(hop)?, hop.mtu))
+        });
     let mtu = match way {
         Some((endpoint, device, path_mtu)) => {
             if !uplinks.contains(device) {
-                problems.push(format!("{} is reached over {device}, which is no uplink: name it in `uplinks`", endpoint.ip()));
+                problems.push(format!(
+                    "{} is reached over {device}, which is no uplink: name it in `uplinks`",
+                    endpoint.ip()
+                ));
             }
             link_mtu(facts, device, path_mtu).inside_wireguard(Family::of(endpoint.ip()))
         }
         None => {
             let tried: Vec<String> = peer.endpoints.iter().map(ToString::to_string).collect();
-            problems.push(format!("no route to any of its endpoints ({}): check the underlay's routes", tried.join(", ")));
+            problems.push(format!(
+                "no route to any of its endpoints ({}): check the underlay's routes",
+                tried.join(", ")
+            ));
             smallest_tunnel_mtu(facts, uplinks)
         }
     };
@@ -270,11 +328,14 @@ fn route_to(
     uplinks: &BTreeSet<String>,
 ) -> Route {
     let next_hop = |family: Family| {
-        node_addresses.iter().filter(|address| Family::of(**address) == family).find_map(|address| {
-            let hop = hops.get(address)?;
-            let device = outgoing(hop).filter(|device| uplinks.contains(*device))?;
-            Some((device.to_owned(), hop.via.unwrap_or(*address)))
-        })
+        node_addresses
+            .iter()
+            .filter(|address| Family::of(**address) == family)
+            .find_map(|address| {
+                let hop = hops.get(address)?;
+                let device = outgoing(hop).filter(|device| uplinks.contains(*device))?;
+                Some((device.to_owned(), hop.via.unwrap_or(*address)))
+            })
     };
     let over_the_uplink = match prefix.family() {
         Family::V4 => next_hop(Family::V4).or_else(|| next_hop(Family::V6)),
@@ -285,7 +346,13 @@ fn route_to(
         None => (config.encryption.device.clone(), None),
     };
     let source = mesh_addresses(config).get(&prefix.family()).copied();
-    Route { destination: prefix, device, via, source, mtu: Some(peer.mtu) }
+    Route {
+        destination: prefix,
+        device,
+        via,
+        source,
+        mtu: Some(peer.mtu),
+    }
 }
 
 fn tunnel_peer(peer: &PlannedPeer, config: &Config) -> shroud_tunnel::Peer {
@@ -299,17 +366,41 @@ fn tunnel_peer(peer: &PlannedPeer, config: &Config) -> shroud_tunnel::Peer {
 }
 
 /// The gate's table: what is protected, who owns it, and whether there is an encrypted path to the owner.
-pub(crate) fn gate_table(config: &Config, snapshot: &Snapshot, encryption_device: Option<u32>) -> shroud_ebpf::Table {
+fn gate_table(config: &Config, snapshot: &Snapshot, encryption_device: Option<u32>) -> shroud_ebpf::Table {
     use shroud_ebpf::{Owner, Path, Table};
 
     let mut owners = BTreeMap::new();
     for (name, refused) in &snapshot.refused {
-        owners.extend(refused.pod_prefixes.iter().map(|prefix| (*prefix, Owner { node: name.id(), path: Path::Fenced })));
+        owners.extend(refused.pod_prefixes.iter().map(|prefix| {
+            (
+                *prefix,
+                Owner {
+                    node: name.id(),
+                    path: Path::Fenced,
+                },
+            )
+        }));
     }
     for (name, peer) in &snapshot.peers {
-        owners.extend(peer.pod_prefixes.iter().map(|prefix| (*prefix, Owner { node: name.id(), path: Path::Encrypted })));
+        owners.extend(peer.pod_prefixes.iter().map(|prefix| {
+            (
+                *prefix,
+                Owner {
+                    node: name.id(),
+                    path: Path::Encrypted,
+                },
+            )
+        }));
     }
-    owners.extend(config.pod_prefixes.iter().map(|prefix| (*prefix, Owner { node: config.node.id(), path: Path::Local })));
+    owners.extend(config.pod_prefixes.iter().map(|prefix| {
+        (
+            *prefix,
+            Owner {
+                node: config.node.id(),
+                path: Path::Local,
+            },
+        )
+    }));
     Table {
         mode: match config.gate.mode {
             GateMode::Enforce => shroud_ebpf::Mode::Enforce,

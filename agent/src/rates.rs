@@ -31,14 +31,18 @@ impl Rates {
     /// Packets and bytes of the counters that match.
     pub(crate) fn total(&self, matches: impl Fn(&Counter) -> bool) -> (u64, u64) {
         let counters = self.newer.iter().flat_map(|(_, counters)| counters);
-        counters.filter(|counter| matches(counter)).fold((0, 0), |(packets, bytes), counter| {
-            (packets + counter.packets, bytes + counter.bytes)
-        })
+        counters
+            .filter(|counter| matches(counter))
+            .fold((0, 0), |(packets, bytes), counter| {
+                (packets + counter.packets, bytes + counter.bytes)
+            })
     }
 
     /// Each counter with its speed, under the names of the nodes.
     pub(crate) fn rows(&self, names: &BTreeMap<u64, String>) -> Vec<CounterStatus> {
-        let Some((now, newer)) = &self.newer else { return Vec::new() };
+        let Some((now, newer)) = &self.newer else {
+            return Vec::new();
+        };
         newer
             .iter()
             .map(|counter| {
@@ -46,7 +50,9 @@ impl Rates {
                 CounterStatus {
                     node: names.get(&counter.node.0).cloned().unwrap_or_default(),
                     direction: direction(counter.direction).to_owned(),
-                    family: counter.family.map_or_else(|| "-".to_owned(), |family| family.to_string()),
+                    family: counter
+                        .family
+                        .map_or_else(|| "-".to_owned(), |family| family.to_string()),
                     verdict: verdict(counter).to_owned(),
                     reason: counter.reason.as_str().to_owned(),
                     packets: counter.packets,
@@ -59,7 +65,9 @@ impl Rates {
     }
 
     fn speed(&self, now: Instant, counter: &Counter) -> (f64, f64) {
-        let Some((then, older)) = &self.older else { return (0.0, 0.0) };
+        let Some((then, older)) = &self.older else {
+            return (0.0, 0.0);
+        };
         let before = older.iter().find(|before| same(before, counter));
         let (packets, bytes) = before.map_or((0, 0), |before| (before.packets, before.bytes));
         let seconds = now.duration_since(*then).as_secs_f64().max(f64::MIN_POSITIVE);
@@ -99,5 +107,13 @@ pub(crate) fn verdict(counter: &Counter) -> &'static str {
 
 /// Whether two samples are of one counter.
 fn same(one: &Counter, other: &Counter) -> bool {
-    Counter { packets: 0, bytes: 0, ..*one } == Counter { packets: 0, bytes: 0, ..*other }
+    Counter {
+        packets: 0,
+        bytes: 0,
+        ..*one
+    } == Counter {
+        packets: 0,
+        bytes: 0,
+        ..*other
+    }
 }

@@ -23,7 +23,7 @@ use tracing::{debug, error, info, warn};
 use crate::cli::Source;
 use crate::config::{Config, EncryptionBackend, GateAttach, GateMode};
 use crate::explain::{self, Knowledge, place};
-use crate::plan::{Plan, Surroundings, View, addresses_of_interest, gate_table, plan, uplinks};
+use crate::plan::{Plan, Surroundings, View, addresses_of_interest, plan, uplinks};
 use crate::rates::{Rates, direction, verdict};
 use crate::serve::Request;
 use crate::status::{
@@ -43,7 +43,10 @@ pub(crate) enum Wake {
     /// Something may have changed.
     Dirty,
     /// Somebody wants to know something.
-    Question { request: Request, answer: oneshot::Sender<Result<serde_json::Value, String>> },
+    Question {
+        request: Request,
+        answer: oneshot::Sender<Result<serde_json::Value, String>>,
+    },
     /// The agent is ending; the kernel stays as it is.
     Stop,
 }
@@ -162,14 +165,22 @@ impl Reconciler {
     /// Compares the kernel with the plan once, and mends what differs.
     fn pass(&mut self) {
         let begun = Instant::now();
-        let number = self.last.as_ref().map_or(0, |pass| pass.number) + 1;
         let mut report = Report::default();
-        let Some(snapshot) = self.mesh.borrow_and_update().snapshot.clone() else {
-            self.fence_until_known(&mut report);
-            return;
+        let known = self.mesh.borrow_and_update().snapshot.clone();
+        let converged = match known {
+            Some(snapshot) => {
+                self.choose(&mut report);
+                self.converge(&snapshot, &mut report)
+                    .map(|(plan, surroundings)| (plan, surroundings, snapshot))
+            }
+            None => self.fence_until_known(&mut report),
         };
-        self.choose(&mut report);
-        let (plan, surroundings) = match self.converge(&snapshot, &mut report) {
+        match self.gate.counters() {
+            Ok(counters) => self.rates.sample(Instant::now(), counters),
+            Err(error) => report.fail("gate", &anyhow::Error::new(error).context("read the counters")),
+        }
+        remember(&mut self.drops, self.gate.events().iter().map(drop_line));
+        let (plan, surroundings, snapshot) = match converged {
             Ok(converged) => converged,
             Err(error) => {
                 report.fail("look", &error);
@@ -179,22 +190,32 @@ impl Reconciler {
                 return;
             }
         };
-
         self.addresses.send_if_modified(|addresses| {
             let differ = *addresses != plan.addresses;
             addresses.clone_from(&plan.addresses);
             differ
         });
-        remember(&mut self.latest_changes, report.changes.iter().cloned());
-        remember(&mut self.drops, self.gate.events().iter().map(drop_line));
-        match self.gate.counters() {
-            Ok(counters) => self.rates.sample(Instant::now(), counters),
-            Err(error) => report.fail("gate", &anyhow::Error::new(error).context("read the counters")),
-        }
+        let number = self.last.as_ref().map_or(0, |pass| pass.number) + 1;
         let took = begun.elapsed();
-        debug!(number, changes = report.changes.len(), failures = report.failures.len(), ?took, "pass");
         let Report { changes, failures } = report;
-        self.last = Some(Pass { number, plan, surroundings, snapshot, changes: changes.len(), failures, took });
+        debug!(
+            number,
+            changes = changes.len(),
+            failures = failures.len(),
+            ?took,
+            "pass"
+        );
+        let count = changes.len();
+        remember(&mut self.latest_changes, changes.into_iter());
+        self.last = Some(Pass {
+            number,
+            plan,
+            surroundings,
+            snapshot,
+            changes: count,
+            failures,
+            took,
+        });
     }
 
     /// Settles on a WireGuard backend, once.
@@ -235,31 +256,33 @@ impl Reconciler {
 
     fn plan(&self, snapshot: &Snapshot, surroundings: &Surroundings) -> Plan {
         let backend = self.choice.as_ref().map_or(Backend::Userspace, |choice| choice.backend);
-        plan(&View { config: &self.config, key: &self.key, backend, snapshot, surroundings })
+        plan(&View {
+            config: &self.config,
+            key: &self.key,
+            backend,
+            snapshot,
+            surroundings,
+        })
     }
 
     /// Before the first complete list nobody is a peer. Where a gate of an earlier agent works on, it knows more than we do and is left
     /// alone; where there is none, an empty one goes in, which drops everything protected.
-    fn fence_until_known(&mut self, report: &mut Report) {
-        let empty = Snapshot { origin: Origin::Source, peers: BTreeMap::new(), refused: BTreeMap::new(), problems: Vec::new() };
-        let surroundings = match self.look(&empty) {
-            Ok(surroundings) => surroundings,
-            Err(error) => return report.fail("routing", &error),
+    fn fence_until_known(&mut self, report: &mut Report) -> anyhow::Result<(Plan, Surroundings, Arc<Snapshot>)> {
+        let nobody = Snapshot {
+            origin: Origin::Cache,
+            peers: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            problems: Vec::new(),
         };
-        let uplinks = uplinks(&self.config, &surroundings.facts, &surroundings.hops);
-        let observed = match self.gate.observe() {
-            Ok(observed) => observed,
-            Err(error) => return report.fail("gate", &error.into()),
-        };
-        let table = match &observed.table {
-            Some(table) => table.clone(),
-            None => gate_table(&self.config, &empty, None),
-        };
-        let desired = shroud_ebpf::Desired { uplinks, pod_devices: surroundings.pod_devices, table };
-        for change in shroud_ebpf::diff(&desired, &observed) {
-            let result = self.gate.apply(&change).map_err(Into::into);
-            report.note("gate", &change, result);
+        let surroundings = self.look(&nobody)?;
+        let mut plan = self.plan(&nobody, &surroundings);
+        plan.problems
+            .push("waiting for the directory's first complete list; until then no new tunnel is opened".to_owned());
+        if let Some(table) = self.gate.observe().context("read the gate")?.table {
+            plan.gate.table = table;
         }
+        self.ensure_gate(&plan.gate, report);
+        Ok((plan, surroundings, Arc::new(nobody)))
     }
 
     /// What this machine looks like around us.
@@ -267,21 +290,36 @@ impl Reconciler {
         let facts = self.kernel.facts().context("look at links and addresses")?;
         let mut hops: BTreeMap<IpAddr, Hop> = BTreeMap::new();
         for address in addresses_of_interest(snapshot) {
-            let hop = self.kernel.lookup(address, None).with_context(|| format!("look up the route to {address}"))?;
+            let hop = self
+                .kernel
+                .lookup(address, None)
+                .with_context(|| format!("look up the route to {address}"))?;
             hops.insert(address, hop);
         }
         let mut not_pods = uplinks(&self.config, &facts, &hops);
         not_pods.insert(self.config.encryption.device.clone());
-        let pod_devices = self.kernel.devices_for(&self.config.pod_prefixes, &not_pods).context("look for pods' devices")?;
+        let pod_devices = self
+            .kernel
+            .devices_for(&self.config.pod_prefixes, &not_pods)
+            .context("look for pods' devices")?;
         let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
         let encryption_device = encryption_device.filter(|_| self.encrypts_with_our_key());
-        Ok(Surroundings { facts, hops, pod_devices, encryption_device })
+        Ok(Surroundings {
+            facts,
+            hops,
+            pod_devices,
+            encryption_device,
+        })
     }
 
     /// Whether the encryption device is WireGuard, works, and has this node's key.
     fn encrypts_with_our_key(&mut self) -> bool {
         let observed = self.tunnel.observe(&self.config.encryption.device);
-        observed.is_ok_and(|observed| observed.device.is_some_and(|device| device.public_key == Some(self.key.public)))
+        observed.is_ok_and(|observed| {
+            observed
+                .device
+                .is_some_and(|device| device.public_key == Some(self.key.public))
+        })
     }
 
     fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, report: &mut Report) {
@@ -325,12 +363,14 @@ impl Reconciler {
 
     fn answer(&mut self, request: &Request) -> Result<serde_json::Value, String> {
         let Some(last) = self.last.take() else {
-            return Err("still waiting for the first complete list of the directory; everything protected is dropped".to_owned());
+            return Err("the agent cannot look at this machine's network; its log says why".to_owned());
         };
         let answer = match request {
             Request::Status => self.status(&last).map(serde_json::to_value),
             Request::Gate => self.gate_counters(&last).map(serde_json::to_value),
-            Request::Explain { source, destination } => self.explain(&last, *source, *destination).map(serde_json::to_value),
+            Request::Explain { source, destination } => {
+                self.explain(&last, *source, *destination).map(serde_json::to_value)
+            }
         };
         self.last = Some(last);
         match answer {
@@ -344,17 +384,32 @@ impl Reconciler {
     }
 
     fn status(&mut self, last: &Pass) -> anyhow::Result<Status> {
-        let observed = self.tunnel.observe(&self.config.encryption.device).context("read the tunnel")?;
+        let observed = self
+            .tunnel
+            .observe(&self.config.encryption.device)
+            .context("read the tunnel")?;
         let attached = self.gate.observe().context("read the gate")?;
-        self.rates.sample(Instant::now(), self.gate.counters().context("read the gate's counters")?);
+        self.rates.sample(
+            Instant::now(),
+            self.gate.counters().context("read the gate's counters")?,
+        );
         let mesh = self.mesh.borrow().clone();
         let peers: Vec<PeerStatus> = last
             .plan
             .peers
             .iter()
             .map(|(name, planned)| {
-                let seen = observed.device.as_ref().and_then(|device| device.peers.get(&planned.public_key));
-                peer_status(name, planned, seen, &last.plan.tunnel.backend, !self.config.encryption.keepalive.is_zero())
+                let seen = observed
+                    .device
+                    .as_ref()
+                    .and_then(|device| device.peers.get(&planned.public_key));
+                peer_status(
+                    name,
+                    planned,
+                    seen,
+                    &last.plan.tunnel.backend,
+                    !self.config.encryption.keepalive.is_zero(),
+                )
             })
             .collect();
         let refused = last.snapshot.refused.iter().map(|(name, refused)| RefusedStatus {
@@ -372,18 +427,30 @@ impl Reconciler {
             addresses: last.plan.addresses.iter().copied().collect(),
             pod_prefixes: self.config.pod_prefixes.iter().copied().collect(),
             encryption: EncryptionStatus {
-                backend: self.choice.as_ref().map_or_else(|_| "none".to_owned(), |choice| choice.backend.to_string()),
-                because: self.choice.as_ref().map_or_else(Clone::clone, |choice| choice.because.clone()),
+                backend: self
+                    .choice
+                    .as_ref()
+                    .map_or_else(|_| "none".to_owned(), |choice| choice.backend.to_string()),
+                because: self
+                    .choice
+                    .as_ref()
+                    .map_or_else(Clone::clone, |choice| choice.because.clone()),
                 device: self.config.encryption.device.clone(),
                 listen_port: self.config.encryption.listen_port,
             },
             gate: GateStatus {
                 mode: mode_name(self.config.gate.mode).to_owned(),
-                uplinks: attached_at(&attached, Hook::Egress).intersection(&attached_at(&attached, Hook::Ingress)).cloned().collect(),
+                uplinks: attached_at(&attached, Hook::Egress)
+                    .intersection(&attached_at(&attached, Hook::Ingress))
+                    .cloned()
+                    .collect(),
                 pod_devices: attached_at(&attached, Hook::Pod).into_iter().collect(),
                 encrypted_packets: self.rates.total(|counter| verdict(counter) == "encrypt").0,
                 dropped_packets: self.rates.total(|counter| verdict(counter) == "drop").0,
-                plaintext_bytes: self.rates.total(|counter| counter.audited || counter.reason == Reason::Off).1,
+                plaintext_bytes: self
+                    .rates
+                    .total(|counter| counter.audited || counter.reason == Reason::Off)
+                    .1,
             },
             directory: mesh.directory,
             peers,
@@ -402,7 +469,10 @@ impl Reconciler {
     }
 
     fn gate_counters(&mut self, last: &Pass) -> anyhow::Result<GateCounters> {
-        self.rates.sample(Instant::now(), self.gate.counters().context("read the gate's counters")?);
+        self.rates.sample(
+            Instant::now(),
+            self.gate.counters().context("read the gate's counters")?,
+        );
         remember(&mut self.drops, self.gate.events().iter().map(drop_line));
         let names: BTreeMap<u64, String> = last
             .snapshot
@@ -420,17 +490,34 @@ impl Reconciler {
         })
     }
 
-    fn explain(&mut self, last: &Pass, source: Source, destination: IpAddr) -> anyhow::Result<crate::status::Explanation> {
+    fn explain(
+        &mut self,
+        last: &Pass,
+        source: Source,
+        destination: IpAddr,
+    ) -> anyhow::Result<crate::status::Explanation> {
         let observed = self.gate.observe().context("read the gate")?;
-        let tunnel = self.tunnel.observe(&self.config.encryption.device).context("read the tunnel")?;
+        let tunnel = self
+            .tunnel
+            .observe(&self.config.encryption.device)
+            .context("read the tunnel")?;
         let (source, hop) = match source {
             Source::Address(address) => {
                 let own = place(&self.config, &last.snapshot, &last.surroundings, address).is_here();
-                (address, if own { self.kernel.lookup(destination, Some(address))? } else { self.kernel.lookup(destination, None)? })
+                (
+                    address,
+                    if own {
+                        self.kernel.lookup(destination, Some(address))?
+                    } else {
+                        self.kernel.lookup(destination, None)?
+                    },
+                )
             }
             Source::Node => {
                 let hop = self.kernel.lookup(destination, None)?;
-                let source = hop.source.with_context(|| format!("the kernel has no source address for {destination}: {}", hop.kind))?;
+                let source = hop
+                    .source
+                    .with_context(|| format!("the kernel has no source address for {destination}: {}", hop.kind))?;
                 (source, hop)
             }
         };
@@ -449,7 +536,11 @@ impl Reconciler {
 
 /// The devices on which a program of ours hangs at this place.
 pub(crate) fn attached_at(gate: &shroud_ebpf::Observed, hook: Hook) -> BTreeSet<String> {
-    gate.attachments.keys().filter(|attachment| attachment.hook == hook).map(|attachment| attachment.device.clone()).collect()
+    gate.attachments
+        .keys()
+        .filter(|attachment| attachment.hook == hook)
+        .map(|attachment| attachment.device.clone())
+        .collect()
 }
 
 /// The gate's own words for what the configuration says.
@@ -466,7 +557,10 @@ pub(crate) fn gate_options(config: &Config) -> shroud_ebpf::Options {
 
 /// Where the tunnel finds and keeps things.
 pub(crate) fn tunnel_options(config: &Config) -> shroud_tunnel::Options {
-    shroud_tunnel::Options { runtime_dir: config.runtime_dir.clone(), ..shroud_tunnel::Options::default() }
+    shroud_tunnel::Options {
+        runtime_dir: config.runtime_dir.clone(),
+        ..shroud_tunnel::Options::default()
+    }
 }
 
 fn wanted(backend: EncryptionBackend) -> Wanted {
@@ -479,23 +573,52 @@ fn wanted(backend: EncryptionBackend) -> Wanted {
 
 /// Says what the verdict is and rests on.
 fn judge(status: &mut Status, plan: &Plan) {
-    let missing: Vec<&String> = plan.gate.uplinks.iter().filter(|uplink| !status.gate.uplinks.contains(uplink)).collect();
+    let missing: Vec<&String> = plan
+        .gate
+        .uplinks
+        .iter()
+        .filter(|uplink| !status.gate.uplinks.contains(uplink))
+        .collect();
     for uplink in missing {
         status.problems.push(format!("the gate is not attached to {uplink}"));
     }
     match status.gate.mode.as_str() {
-        "audit" => status.problems.push("gate.mode is audit: what cannot be encrypted leaves in the clear".to_owned()),
-        "off" => status.problems.push("gate.mode is off: everything leaves in the clear".to_owned()),
+        "audit" => status
+            .problems
+            .push("gate.mode is audit: what cannot be encrypted leaves in the clear".to_owned()),
+        "off" => status
+            .problems
+            .push("gate.mode is off: everything leaves in the clear".to_owned()),
         _ => {}
     }
     for peer in &status.peers {
-        status.problems.extend(peer.problems.iter().map(|problem| format!("peer {}: {problem}", peer.node)));
+        status.problems.extend(
+            peer.problems
+                .iter()
+                .map(|problem| format!("peer {}: {problem}", peer.node)),
+        );
     }
     for refused in &status.refused {
-        status.problems.push(format!("node {} is refused: {}", refused.node, refused.reasons.join("; ")));
+        status.problems.push(format!(
+            "node {} is refused: {}",
+            refused.node,
+            refused.reasons.join("; ")
+        ));
     }
-    status.problems.extend(status.directory.problems.iter().map(|problem| format!("directory: {problem}")));
-    status.problems.extend(status.pass.failures.iter().map(|failure| format!("last pass: {failure}")));
+    status.problems.extend(
+        status
+            .directory
+            .problems
+            .iter()
+            .map(|problem| format!("directory: {problem}")),
+    );
+    status.problems.extend(
+        status
+            .pass
+            .failures
+            .iter()
+            .map(|failure| format!("last pass: {failure}")),
+    );
 
     let connected = status.peers.iter().filter(|peer| peer.problems.is_empty()).count();
     let total = status.peers.len() + status.refused.len();
@@ -512,7 +635,10 @@ fn judge(status: &mut Status, plan: &Plan) {
             1 => String::new(),
             count => format!(" (and {} more)", count - 1),
         };
-        status.summary = format!("{connected} of {total} nodes are reachable encrypted; {}{more}", status.problems[0]);
+        status.summary = format!(
+            "{connected} of {total} nodes are reachable encrypted; {}{more}",
+            status.problems[0]
+        );
     }
 }
 
@@ -529,9 +655,14 @@ fn peer_status(
     let mut problems = planned.problems.clone();
     match (seen, age) {
         (None, _) => problems.push("not on the encryption device yet".to_owned()),
-        (Some(_), None) if keepalive => problems.push("no handshake yet: is its UDP port reachable, and is its agent running?".to_owned()),
+        (Some(_), None) if keepalive => {
+            problems.push("no handshake yet: is its UDP port reachable, and is its agent running?".to_owned())
+        }
         (Some(_), Some(age)) if keepalive && age > SESSION => {
-            problems.push(format!("no handshake for {} s: is its UDP port reachable?", age.as_secs()));
+            problems.push(format!(
+                "no handshake for {} s: is its UDP port reachable?",
+                age.as_secs()
+            ));
         }
         (Some(_), _) => {}
     }
@@ -556,12 +687,27 @@ fn drop_line(event: &shroud_ebpf::Event) -> String {
     let flow = match event.addresses {
         Some((source, destination)) => {
             let (from, to) = event.ports;
-            let port = |address: IpAddr, port| if port == 0 { address.to_string() } else { std::net::SocketAddr::new(address, port).to_string() };
-            format!("{} -> {} protocol {}", port(source, from), port(destination, to), event.protocol)
+            let port = |address: IpAddr, port| {
+                if port == 0 {
+                    address.to_string()
+                } else {
+                    std::net::SocketAddr::new(address, port).to_string()
+                }
+            };
+            format!(
+                "{} -> {} protocol {}",
+                port(source, from),
+                port(destination, to),
+                event.protocol
+            )
         }
         None => "an unreadable packet".to_owned(),
     };
-    format!("{verdict} {} {flow}: {}", direction(event.direction), event.reason.as_str())
+    format!(
+        "{verdict} {} {flow}: {}",
+        direction(event.direction),
+        event.reason.as_str()
+    )
 }
 
 /// Keeps the latest of a stream of lines.

@@ -62,7 +62,11 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
         let mut table = columns(&["NODE", "FENCED", "REASON"]);
         for refused in &status.refused {
             let fenced: Vec<String> = refused.fenced.iter().map(ToString::to_string).collect();
-            table.add_row([printable(&refused.node), list_or(&fenced, "-"), printable(&refused.reasons.join("; "))]);
+            table.add_row([
+                printable(&refused.node),
+                list_or(&fenced, "-"),
+                printable(&refused.reasons.join("; ")),
+            ]);
         }
         let _ = writeln!(text, "{}", trimmed(&table));
     }
@@ -104,7 +108,8 @@ fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
     let mut row = vec![
         peer.node.to_string(),
         peer.backend.clone(),
-        peer.endpoint.map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
+        peer.endpoint
+            .map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
         peer.handshake_age_seconds.map_or_else(|| "never".to_owned(), age),
         bytes(peer.rx_bytes),
         bytes(peer.tx_bytes),
@@ -122,14 +127,27 @@ fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
 /// The gate's counters, and what it dropped last.
 pub(crate) fn gate(gate: &GateCounters, wide: bool) -> String {
     let mut text = format!("gate {}\n\n", gate.mode);
-    let mut head = vec!["NODE", "DIRECTION", "FAMILY", "VERDICT", "REASON", "PACKETS", "BYTES", "PACKETS/S"];
+    let mut head = vec![
+        "NODE",
+        "DIRECTION",
+        "FAMILY",
+        "VERDICT",
+        "REASON",
+        "PACKETS",
+        "BYTES",
+        "PACKETS/S",
+    ];
     if wide {
         head.push("BYTES/S");
     }
     let mut table = columns(&head);
     for counter in &gate.counters {
         let mut row = vec![
-            if counter.node.is_empty() { "-".to_owned() } else { printable(&counter.node) },
+            if counter.node.is_empty() {
+                "-".to_owned()
+            } else {
+                printable(&counter.node)
+            },
             counter.direction.clone(),
             counter.family.clone(),
             counter.verdict.clone(),
@@ -179,9 +197,11 @@ pub(crate) fn explanation(explanation: &Explanation, _wide: bool) -> String {
 /// What a cleanup did.
 pub(crate) fn cleaned(cleaned: &Cleaned, _wide: bool) -> String {
     let mut text = String::new();
-    for (style, word, lines) in
-        [(GOOD, "removed", &cleaned.removed), (BAD, "could not remove", &cleaned.failures), (FAINT, "kept", &cleaned.kept)]
-    {
+    for (style, word, lines) in [
+        (GOOD, "removed", &cleaned.removed),
+        (BAD, "could not remove", &cleaned.failures),
+        (FAINT, "kept", &cleaned.kept),
+    ] {
         for line in lines {
             let _ = writeln!(text, "{style}{word}{style:#} {}", printable(line));
         }
@@ -204,12 +224,18 @@ fn trimmed(table: &Table) -> String {
 }
 
 fn list_or(items: &[String], empty: &str) -> String {
-    if items.is_empty() { empty.to_owned() } else { items.join(", ") }
+    if items.is_empty() {
+        empty.to_owned()
+    } else {
+        items.join(", ")
+    }
 }
 
 /// Text that may come from elsewhere, without anything a terminal would obey.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
 }
 
 /// Seconds as people say them: `3s`, `2m`, `5h`, `4d`.
@@ -227,7 +253,11 @@ fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["", "Ki", "Mi", "Gi", "Ti"] {
         if value < 1024.0 {
-            return if unit.is_empty() { format!("{count}") } else { format!("{value:.1}{unit}") };
+            return if unit.is_empty() {
+                format!("{count}")
+            } else {
+                format!("{value:.1}{unit}")
+            };
         }
         value /= 1024.0;
     }
@@ -240,8 +270,14 @@ mod tests {
 
     #[test]
     fn numbers_are_written_for_people() {
-        assert_eq!([bytes(0), bytes(1023), bytes(4096), bytes(1 << 30)], ["0", "1023", "4.0Ki", "1.0Gi"]);
-        assert_eq!([age(0.4), age(119.0), age(121.0), age(7200.0), age(200_000.0)], ["0s", "119s", "2m", "2h", "2d"]);
+        assert_eq!(
+            [bytes(0), bytes(1023), bytes(4096), bytes(1 << 30)],
+            ["0", "1023", "4.0Ki", "1.0Gi"]
+        );
+        assert_eq!(
+            [age(0.4), age(119.0), age(121.0), age(7200.0), age(200_000.0)],
+            ["0s", "119s", "2m", "2h", "2d"]
+        );
     }
 
     #[test]

@@ -77,7 +77,10 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
 pub(crate) async fn serve(listener: UnixListener, questions: mpsc::Sender<Question>) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+        let place = Arc::clone(&places)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
         let (stream, _) = listener.accept().await?;
         let questions = questions.clone();
         // Bounded in number by `places` and in time by PATIENCE, so nobody needs to join it.
@@ -96,11 +99,16 @@ async fn answer(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> io
     let caller = stream.peer_cred()?;
     let own = rustix::process::geteuid().as_raw();
     let response = if caller.uid() != 0 && caller.uid() != own {
-        warn!(uid = caller.uid(), "status request refused: only root and the agent's own user may ask");
+        warn!(
+            uid = caller.uid(),
+            "status request refused: only root and the agent's own user may ask"
+        );
         Response::Error("only root and the agent's own user may ask".to_owned())
     } else {
         let mut line = String::new();
-        BufReader::new((&mut stream).take(LONGEST_REQUEST)).read_line(&mut line).await?;
+        BufReader::new((&mut stream).take(LONGEST_REQUEST))
+            .read_line(&mut line)
+            .await?;
         match serde_json::from_str(&line) {
             Ok(request) => ask(&questions, request).await,
             Err(error) => Response::Error(format!("not a request: {error}")),
@@ -113,7 +121,14 @@ async fn answer(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> io
 
 async fn ask(questions: &mpsc::Sender<Question>, request: Request) -> Response<serde_json::Value> {
     let (sender, receiver) = oneshot::channel();
-    if questions.send(Question { request, answer: sender }).await.is_err() {
+    if questions
+        .send(Question {
+            request,
+            answer: sender,
+        })
+        .await
+        .is_err()
+    {
         return Response::Error("the agent is stopping".to_owned());
     }
     match receiver.await {
@@ -159,6 +174,9 @@ pub(crate) fn request<T: DeserializeOwned>(path: &Path, request: &Request) -> Re
     match exchange() {
         Ok(Response::Ok(answer)) => Ok(answer),
         Ok(Response::Error(reason)) => Err(NoAnswer::Refused(reason)),
-        Err(source) => Err(NoAnswer::Unreachable { path: path.to_owned(), source }),
+        Err(source) => Err(NoAnswer::Unreachable {
+            path: path.to_owned(),
+            source,
+        }),
     }
 }

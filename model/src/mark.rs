@@ -73,7 +73,11 @@ impl Mark {
 
     /// The well-known programs whose mark bits this mark would disturb, by name.
     pub fn conflicts(self) -> Vec<&'static str> {
-        FOREIGN.into_iter().filter(|(_, mask)| mask & self.mask != 0).map(|(name, _)| name).collect()
+        FOREIGN
+            .into_iter()
+            .filter(|(_, mask)| mask & self.mask != 0)
+            .map(|(name, _)| name)
+            .collect()
     }
 }
 
@@ -87,7 +91,10 @@ impl FromStr for Mark {
         };
         let syntax = || InvalidMark::Syntax(text.to_owned());
         let (value, mask) = text.split_once('/').ok_or_else(syntax)?;
-        Self::new(number(value).map_err(|_| syntax())?, number(mask).map_err(|_| syntax())?)
+        Self::new(
+            number(value).map_err(|_| syntax())?,
+            number(mask).map_err(|_| syntax())?,
+        )
     }
 }
 
@@ -119,7 +126,13 @@ mod tests {
     fn a_mark_that_cannot_be_told_from_no_mark_is_refused() {
         assert_eq!(Mark::new(0, 0x30), Err(InvalidMark::Empty(0)));
         assert_eq!(Mark::new(1, 0), Err(InvalidMark::Empty(1)));
-        assert_eq!(Mark::new(0x40, 0x30), Err(InvalidMark::OutsideMask { value: 0x40, mask: 0x30 }));
+        assert_eq!(
+            Mark::new(0x40, 0x30),
+            Err(InvalidMark::OutsideMask {
+                value: 0x40,
+                mask: 0x30
+            })
+        );
     }
 
     #[test]
@@ -136,6 +149,9 @@ mod tests {
     fn conflicts_name_the_programs_whose_bits_are_taken() {
         assert_eq!(Mark::new(0x10, 0x30).unwrap().conflicts(), Vec::<&str>::new());
         assert_eq!(Mark::new(0x4000, 0x4000).unwrap().conflicts(), ["kube-proxy"]);
-        assert_eq!(Mark::new(0x40000, 0xff0000).unwrap().conflicts(), ["Calico", "Tailscale"]);
+        assert_eq!(
+            Mark::new(0x40000, 0xff0000).unwrap().conflicts(),
+            ["Calico", "Tailscale"]
+        );
     }
 }

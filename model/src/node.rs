@@ -50,7 +50,9 @@ impl FromStr for NodeName {
         let edge = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
         let well_formed = |label: &str| {
             let bytes = label.as_bytes();
-            let (Some(&first), Some(&last)) = (bytes.first(), bytes.last()) else { return false };
+            let (Some(&first), Some(&last)) = (bytes.first(), bytes.last()) else {
+                return false;
+            };
             edge(first) && edge(last) && bytes.iter().all(|&byte| edge(byte) || byte == b'-')
         };
         if text.len() > 253 || !text.split('.').all(well_formed) {
@@ -99,7 +101,20 @@ mod tests {
 
     #[test]
     fn names_that_could_hurt_a_path_or_a_terminal_are_refused() {
-        for name in ["", ".", "..", "a/b", "A", "a..b", "-a", "a-", "a\u{1b}[31m", "a b", "ä", &"a".repeat(254)] {
+        for name in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "A",
+            "a..b",
+            "-a",
+            "a-",
+            "a\u{1b}[31m",
+            "a b",
+            "ä",
+            &"a".repeat(254),
+        ] {
             assert_eq!(name.parse::<NodeName>(), Err(InvalidNodeName), "{name:?}");
         }
     }

@@ -107,7 +107,10 @@ impl FromStr for Prefix {
     fn from_str(text: &str) -> Result<Self, InvalidPrefix> {
         let net: IpNet = text.parse().map_err(|_| InvalidPrefix::Syntax(text.to_owned()))?;
         if net != net.trunc() {
-            return Err(InvalidPrefix::HostBits { given: text.to_owned(), meant: Self(net.trunc()) });
+            return Err(InvalidPrefix::HostBits {
+                given: text.to_owned(),
+                meant: Self(net.trunc()),
+            });
         }
         Ok(Self(net))
     }
@@ -151,7 +154,13 @@ mod tests {
 
         let error = "10.244.1.7/24".parse::<Prefix>();
 
-        assert_eq!(error, Err(InvalidPrefix::HostBits { given: "10.244.1.7/24".to_owned(), meant }));
+        assert_eq!(
+            error,
+            Err(InvalidPrefix::HostBits {
+                given: "10.244.1.7/24".to_owned(),
+                meant
+            })
+        );
     }
 
     #[test]

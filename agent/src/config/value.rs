@@ -142,7 +142,17 @@ mod tests {
         assert_eq!(parse("5m"), Some(Duration::from_secs(300)));
         assert_eq!(parse("1h"), Some(Duration::from_secs(3600)));
         assert_eq!(parse("0"), Some(Duration::ZERO));
-        for wrong in ["", "25", "s", "-1s", "1.5s", "25 s", "25d", "99999999999999999999s", "18446744073709551615h"] {
+        for wrong in [
+            "",
+            "25",
+            "s",
+            "-1s",
+            "1.5s",
+            "25 s",
+            "25d",
+            "99999999999999999999s",
+            "18446744073709551615h",
+        ] {
             assert_eq!(parse(wrong), None, "{wrong:?}");
         }
     }

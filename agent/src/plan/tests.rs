@@ -11,7 +11,12 @@ use super::*;
 
 #[test]
 fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
-    let world = World::new().peer("b", 2, &["172.18.0.2", "fd18::2"], &["10.244.2.0/24", "fd00:10:244:2::/64"]);
+    let world = World::new().peer(
+        "b",
+        2,
+        &["172.18.0.2", "fd18::2"],
+        &["10.244.2.0/24", "fd00:10:244:2::/64"],
+    );
 
     let plan = world.plan();
 
@@ -25,37 +30,69 @@ fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
     let peer = &plan.tunnel.peers[&key(2)];
     assert_eq!(peer.endpoint, Some("172.18.0.2:51820".parse().unwrap()));
     assert_eq!(peer.allowed_ips, prefixes(&["10.244.2.0/24", "fd00:10:244:2::/64"]));
-    assert_eq!(plan.gate.table.owners[&prefix("10.244.2.0/24")], Owner { node: name("b").id(), path: Way::Encrypted });
-    assert_eq!(plan.gate.table.owners[&prefix("10.244.1.0/24")], Owner { node: name("a").id(), path: Way::Local });
+    assert_eq!(
+        plan.gate.table.owners[&prefix("10.244.2.0/24")],
+        Owner {
+            node: name("b").id(),
+            path: Way::Encrypted
+        }
+    );
+    assert_eq!(
+        plan.gate.table.owners[&prefix("10.244.1.0/24")],
+        Owner {
+            node: name("a").id(),
+            path: Way::Local
+        }
+    );
     assert_eq!(plan.problems, Vec::<String>::new());
 }
 
 #[test]
 fn a_peer_behind_a_gateway_is_routed_to_the_gateway() {
     let mut world = World::new().peer("b", 2, &["172.19.0.2"], &["10.244.2.0/24"]);
-    world.surroundings.hops.insert(ip("172.19.0.2"), hop("eth0", Some("172.18.0.254"), None));
+    world
+        .surroundings
+        .hops
+        .insert(ip("172.19.0.2"), hop("eth0", Some("172.18.0.254"), None));
 
-    assert_eq!(shown(&world.plan()), ["10.244.2.0/24 via 172.18.0.254 dev eth0 src 10.244.1.0 mtu 1440"]);
+    assert_eq!(
+        shown(&world.plan()),
+        ["10.244.2.0/24 via 172.18.0.254 dev eth0 src 10.244.1.0 mtu 1440"]
+    );
 }
 
 #[test]
 fn a_prefix_without_a_next_hop_of_its_family_goes_into_the_encryption_device() {
     let world = World::new().peer("b", 2, &["172.18.0.2"], &["fd00:10:244:2::/64"]);
 
-    assert_eq!(shown(&world.plan()), ["fd00:10:244:2::/64 dev shroud0 src fd00:10:244:1:: mtu 1440"]);
+    assert_eq!(
+        shown(&world.plan()),
+        ["fd00:10:244:2::/64 dev shroud0 src fd00:10:244:1:: mtu 1440"]
+    );
 }
 
 #[test]
 fn an_ipv4_prefix_goes_over_an_ipv6_next_hop_where_there_is_no_other() {
     let world = World::new().peer("b", 2, &["fd18::2"], &["10.244.2.0/24"]);
 
-    assert_eq!(shown(&world.plan()), ["10.244.2.0/24 via fd18::2 dev eth0 src 10.244.1.0 mtu 1420"]);
+    assert_eq!(
+        shown(&world.plan()),
+        ["10.244.2.0/24 via fd18::2 dev eth0 src 10.244.1.0 mtu 1420"]
+    );
 }
 
 #[test]
 fn the_route_has_the_mtu_of_the_path_to_its_peer() {
-    let mut world = World::new().peer("b", 2, &["172.18.0.2"], &["10.244.2.0/24"]).peer("c", 3, &["fd18::3"], &["fd00:10:244:3::/64"]);
-    world.surroundings.hops.insert(ip("172.18.0.2"), hop("eth0", None, Some(1400)));
+    let mut world = World::new().peer("b", 2, &["172.18.0.2"], &["10.244.2.0/24"]).peer(
+        "c",
+        3,
+        &["fd18::3"],
+        &["fd00:10:244:3::/64"],
+    );
+    world
+        .surroundings
+        .hops
+        .insert(ip("172.18.0.2"), hop("eth0", None, Some(1400)));
 
     let plan = world.plan();
 
@@ -77,7 +114,13 @@ fn a_refused_node_is_fenced_and_gets_no_route_and_no_peer() {
 
     assert_eq!(shown(&plan), Vec::<String>::new());
     assert!(plan.tunnel.peers.is_empty());
-    assert_eq!(plan.gate.table.owners[&prefix("10.244.2.0/24")], Owner { node: name("b").id(), path: Way::Fenced });
+    assert_eq!(
+        plan.gate.table.owners[&prefix("10.244.2.0/24")],
+        Owner {
+            node: name("b").id(),
+            path: Way::Fenced
+        }
+    );
 }
 
 #[test]
@@ -181,7 +224,10 @@ directory: { file: { path: /nodes } }
         };
         Self {
             config: Config::parse(Path::new("test"), config).unwrap(),
-            key: NodeKey { private: Arc::new(PrivateKey::from_bytes([9; 32])), public: key(1) },
+            key: NodeKey {
+                private: Arc::new(PrivateKey::from_bytes([9; 32])),
+                public: key(1),
+            },
             snapshot: Snapshot {
                 origin: Origin::Source,
                 peers: BTreeMap::new(),
@@ -203,10 +249,15 @@ directory: { file: { path: /nodes } }
     /// A peer on the link of eth0.
     fn peer(mut self, node: &str, number: u8, addresses: &[&str], pods: &[&str]) -> Self {
         let addresses: Vec<IpAddr> = addresses.iter().map(|text| ip(text)).collect();
-        self.surroundings.hops.extend(addresses.iter().map(|address| (*address, hop("eth0", None, None))));
+        self.surroundings
+            .hops
+            .extend(addresses.iter().map(|address| (*address, hop("eth0", None, None))));
         let peer = Peer {
             public_key: key(number),
-            endpoints: addresses.iter().map(|address| SocketAddr::new(*address, 51820)).collect(),
+            endpoints: addresses
+                .iter()
+                .map(|address| SocketAddr::new(*address, 51820))
+                .collect(),
             pod_prefixes: prefixes(pods),
             addresses,
             epoch: 1,
@@ -217,7 +268,10 @@ directory: { file: { path: /nodes } }
     }
 
     fn refused(mut self, node: &str, pods: &[&str]) -> Self {
-        let refused = Refused { reasons: vec![Reason::NoAnnouncement], pod_prefixes: prefixes(pods) };
+        let refused = Refused {
+            reasons: vec![Reason::NoAnnouncement],
+            pod_prefixes: prefixes(pods),
+        };
         self.snapshot.refused.insert(name(node), refused);
         self
     }
@@ -238,11 +292,21 @@ fn shown(plan: &Plan) -> Vec<String> {
 }
 
 fn global(address: &str, length: u8) -> Address {
-    Address { address: ip(address), length, scope: Scope::Global }
+    Address {
+        address: ip(address),
+        length,
+        scope: Scope::Global,
+    }
 }
 
 fn hop(device: &str, via: Option<&str>, mtu: Option<u32>) -> Hop {
-    Hop { device: Some(device.to_owned()), via: via.map(ip), source: None, kind: HopKind::Unicast, mtu }
+    Hop {
+        device: Some(device.to_owned()),
+        via: via.map(ip),
+        source: None,
+        kind: HopKind::Unicast,
+        mtu,
+    }
 }
 
 fn key(number: u8) -> PublicKey {

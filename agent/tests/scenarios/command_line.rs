@@ -20,7 +20,10 @@ fn an_agent_that_does_not_answer_is_exit_code_3() -> Result<()> {
         let output = shroud(&[subcommand, "--socket", "/nonexistent/shroud.sock"])?;
 
         ensure!(output.status.code() == Some(3), "{subcommand}: {output:?}");
-        ensure!(text(&output.stderr).contains("no agent answers on /nonexistent/shroud.sock"), "{output:?}");
+        ensure!(
+            text(&output.stderr).contains("no agent answers on /nonexistent/shroud.sock"),
+            "{output:?}"
+        );
     }
     Ok(())
 }
@@ -28,17 +31,35 @@ fn an_agent_that_does_not_answer_is_exit_code_3() -> Result<()> {
 #[test]
 fn a_command_line_or_configuration_that_cannot_be_used_is_exit_code_2() -> Result<()> {
     let file = tempfile::NamedTempFile::new()?;
-    std::fs::write(file.path(), "podPrefixes: [10.1.0.0/24]\nprotected: [10.1.0.0/16]\ndirectory: { file: { path: /x } }\ngate: { mode: on }\n")?;
+    std::fs::write(
+        file.path(),
+        "podPrefixes: [10.1.0.0/24]\nprotected: [10.1.0.0/16]\ndirectory: { file: { path: /x } }\ngate: { mode: on }\n",
+    )?;
     let path = file.path().display().to_string();
 
-    ensure!(shroud(&["status", "--output", "html"])?.status.code() == Some(2), "an unknown format");
-    ensure!(shroud(&["explain", "here", "10.0.0.1"])?.status.code() == Some(2), "a source that is none");
-    for arguments in [vec!["agent", "--config", &path], vec!["config", "check", &path], vec!["cleanup", "--config", &path]] {
+    ensure!(
+        shroud(&["status", "--output", "html"])?.status.code() == Some(2),
+        "an unknown format"
+    );
+    ensure!(
+        shroud(&["explain", "here", "10.0.0.1"])?.status.code() == Some(2),
+        "a source that is none"
+    );
+    for arguments in [
+        vec!["agent", "--config", &path],
+        vec!["config", "check", &path],
+        vec!["cleanup", "--config", &path],
+    ] {
         let output = shroud(&arguments)?;
 
         ensure!(output.status.code() == Some(2), "{arguments:?}: {output:?}");
         let said = text(&output.stderr);
-        for part in [path.as_str(), "`gate.mode`", "\"on\"", "expected one of `enforce`, `audit`, `off`"] {
+        for part in [
+            path.as_str(),
+            "`gate.mode`",
+            "\"on\"",
+            "expected one of `enforce`, `audit`, `off`",
+        ] {
             ensure!(said.contains(part), "{arguments:?} does not name {part}: {said}");
         }
     }
@@ -55,9 +76,15 @@ fn the_effective_configuration_is_printed_and_reads_back() -> Result<()> {
 
     let again = shroud(&["config", "show", &path])?;
 
-    ensure!(shown.status.success() && text(&shown.stdout).contains("listenPort: 51820"), "{shown:?}");
+    ensure!(
+        shown.status.success() && text(&shown.stdout).contains("listenPort: 51820"),
+        "{shown:?}"
+    );
     ensure!(again.stdout == shown.stdout, "{}", text(&again.stdout));
-    ensure!(shroud(&["config", "check", &path])?.status.success(), "check refuses what show printed");
+    ensure!(
+        shroud(&["config", "check", &path])?.status.success(),
+        "check refuses what show printed"
+    );
     Ok(())
 }
 
@@ -66,7 +93,10 @@ fn completions_exist_for_every_shell_people_use() -> Result<()> {
     for shell in ["bash", "zsh", "fish"] {
         let output = shroud(&["completions", shell])?;
 
-        ensure!(output.status.success() && text(&output.stdout).contains("explain"), "{shell}: {output:?}");
+        ensure!(
+            output.status.success() && text(&output.stdout).contains("explain"),
+            "{shell}: {output:?}"
+        );
     }
     Ok(())
 }

@@ -8,7 +8,10 @@
 //!     ============ underlay ============     every port captured, every frame searched for the payloads' marker
 //! ```
 
-#![expect(clippy::disallowed_methods, reason = "tests run the product, and look at the kernel through iproute2 on purpose")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests run the product, and look at the kernel through iproute2 on purpose"
+)]
 
 mod command_line;
 mod explain;

@@ -6,7 +6,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shroud_lab::agent::LISTEN_PORT;
 use shroud_lab::frame::Allowed;
-use shroud_lab::{Agent, AgentOptions, Capture, Evidence, Family, Flow, Host, Lab, Outcome, Protocol, Status, Topology};
+use shroud_lab::{
+    Agent, AgentOptions, Capture, Evidence, Family, Flow, Host, Lab, Outcome, Protocol, Status, Topology,
+};
 
 /// The binary under test.
 pub(crate) const SHROUD: &str = env!("CARGO_BIN_EXE_shroud");
@@ -24,9 +26,12 @@ impl Mesh {
     pub(crate) fn healthy(name: &str, nodes: u8) -> Result<Self> {
         let mesh = Self::started(name, nodes, &AgentOptions::new(SHROUD))?;
         for agent in &mesh.agents {
-            mesh.eventually(&format!("{} is healthy", agent.node().host.name), START, agent, |status| {
-                status.verdict == "healthy"
-            })?;
+            mesh.eventually(
+                &format!("{} is healthy", agent.node().host.name),
+                START,
+                agent,
+                |status| status.verdict == "healthy",
+            )?;
         }
         Ok(mesh)
     }
@@ -48,7 +53,11 @@ impl Mesh {
     ) -> Result<Status> {
         self.lab.eventually(what, within, || {
             let status = agent.status().map_err(|error| format!("{error:#}"))?;
-            if wished(&status) { Ok(status) } else { Err(format!("{:#}", status.raw)) }
+            if wished(&status) {
+                Ok(status)
+            } else {
+                Err(format!("{:#}", status.raw))
+            }
         })
     }
 
@@ -64,7 +73,10 @@ impl Mesh {
 
     /// Sends one small flow that is expected not to arrive.
     pub(crate) fn send_in_vain(&self, protocol: Protocol, family: Family, from: &Host, to: &Host) -> Outcome {
-        Flow::new(protocol, family, from, to).sizes(&[64]).patience(Duration::from_secs(2)).run(&self.lab.markers)
+        Flow::new(protocol, family, from, to)
+            .sizes(&[64])
+            .patience(Duration::from_secs(2))
+            .run(&self.lab.markers)
     }
 
     /// Sends every kind of flow between the first pods of two nodes, and insists that they arrive.
@@ -72,7 +84,13 @@ impl Mesh {
         for protocol in Protocol::ALL {
             for family in Family::BOTH {
                 let outcome = self.send(protocol, family, self.lab.pod(from), self.lab.pod(to));
-                ensure!(outcome.ok(), "{}: {:?}\n{}", outcome.flow, outcome.error, self.lab.dump());
+                ensure!(
+                    outcome.ok(),
+                    "{}: {:?}\n{}",
+                    outcome.flow,
+                    outcome.error,
+                    self.lab.dump()
+                );
             }
         }
         Ok(())
@@ -80,11 +98,17 @@ impl Mesh {
 
     /// The agent of a node.
     pub(crate) fn agent(&self, name: &str) -> &Agent {
-        self.agents.iter().find(|agent| agent.node().host.name == name).expect("a node of the lab")
+        self.agents
+            .iter()
+            .find(|agent| agent.node().host.name == name)
+            .expect("a node of the lab")
     }
 
     pub(crate) fn agent_mut(&mut self, name: &str) -> &mut Agent {
-        self.agents.iter_mut().find(|agent| agent.node().host.name == name).expect("a node of the lab")
+        self.agents
+            .iter_mut()
+            .find(|agent| agent.node().host.name == name)
+            .expect("a node of the lab")
     }
 
     /// What a subcommand answers, as JSON.

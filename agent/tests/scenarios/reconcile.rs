@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use shroud_lab::{AgentOptions, Netns};
+use shroud_lab::{AgentOptions, Family, Netns, Protocol};
 
 use crate::mesh::{Mesh, SHROUD};
 
@@ -15,11 +15,18 @@ fn a_second_pass_changes_nothing() -> Result<()> {
     let mesh = Mesh::healthy("second", 2)?;
     let first = mesh.agent("a").status()?.pass.number;
 
-    let settled = mesh.eventually("some passes later", Duration::from_secs(20), mesh.agent("a"), |status| {
-        status.pass.number >= first + 3
-    })?;
+    let settled = mesh.eventually(
+        "some passes later",
+        Duration::from_secs(20),
+        mesh.agent("a"),
+        |status| status.pass.number >= first + 3,
+    )?;
 
-    ensure!(settled.pass.changes == 0, "a pass changed something: {:#}", settled.raw["pass"]);
+    ensure!(
+        settled.pass.changes == 0,
+        "a pass changed something: {:#}",
+        settled.raw["pass"]
+    );
     Ok(())
 }
 
@@ -29,43 +36,105 @@ fn drift_is_repaired_within_5_s() -> Result<()> {
     let node = mesh.lab.node("a");
     let netns = &node.host.netns;
     let device = &node.device;
-    let key_of_b = mesh.agent("a").status()?.peers.first().context("a peer")?.public_key.clone();
+    let key_of_b = mesh
+        .agent("a")
+        .status()?
+        .peers
+        .first()
+        .context("a peer")?
+        .public_key
+        .clone();
 
     type Look<'a> = Box<dyn Fn() -> Result<String> + 'a>;
-    let routes = |family: &'static str| -> Look<'_> { Box::new(move || netns.ip(&format!("{family} route show proto 83"))) };
+    let routes =
+        |family: &'static str| -> Look<'_> { Box::new(move || netns.ip(&format!("{family} route show proto 83"))) };
     let address = || -> Look<'_> { Box::new(|| netns.ip(&format!("-brief address show {device}"))) };
     let peers = || -> Look<'_> { Box::new(|| netns.check("wg", &["show", device, "allowed-ips"])) };
     let mark = || -> Look<'_> { Box::new(|| netns.check("wg", &["show", device, "fwmark"])) };
     let forwarding = || -> Look<'_> { Box::new(|| netns.sysctl("net/ipv4/ip_forward")) };
-    let gate = || -> Look<'_> {
-        Box::new(|| {
-            let shown = netns.check("bpftool", &["net", "show", "dev", "eth0"])?;
-            Ok(shown.lines().filter_map(|line| line.split(" prog_id").next()).collect::<Vec<_>>().join("\n"))
-        })
-    };
+    let pins = || -> Look<'_> { Box::new(|| names_below(&node.pins)) };
     let breakages: Vec<(&str, Look<'_>, Look<'_>)> = vec![
-        ("an IPv4 route deleted", routes("-4"), Box::new(|| netns.ip("route delete 10.244.2.0/24"))),
-        ("an IPv6 route deleted", routes("-6"), Box::new(|| netns.ip("-6 route delete fd00:10:244:2::/64"))),
-        ("all our routes flushed", routes("-4"), Box::new(|| netns.ip("route flush proto 83"))),
-        ("the device taken down", address(), Box::new(|| netns.ip(&format!("link set {device} down")))),
-        ("an address removed", address(), Box::new(|| netns.ip(&format!("address flush dev {device} scope global")))),
-        ("the MTU changed", Box::new(|| netns.ip(&format!("link show {device}"))), Box::new(|| netns.ip(&format!("link set {device} mtu 1300")))),
-        ("a peer removed", peers(), Box::new(|| netns.check("wg", &["set", device, "peer", &key_of_b, "remove"]))),
-        ("allowed IPs changed", peers(), Box::new(|| netns.check("wg", &["set", device, "peer", &key_of_b, "allowed-ips", "10.9.0.0/16"]))),
-        ("the mark changed", mark(), Box::new(|| netns.check("wg", &["set", device, "fwmark", "0x7"]))),
-        ("forwarding switched off", forwarding(), Box::new(|| netns.set_sysctl("net/ipv4/ip_forward", "0").map(|()| String::new()))),
-        ("the gate's pins removed", gate(), Box::new(|| remove_pins(&node.pins))),
+        (
+            "an IPv4 route deleted",
+            routes("-4"),
+            Box::new(|| netns.ip("route delete 10.244.2.0/24")),
+        ),
+        (
+            "an IPv6 route deleted",
+            routes("-6"),
+            Box::new(|| netns.ip("-6 route delete fd00:10:244:2::/64")),
+        ),
+        (
+            "all our routes flushed",
+            routes("-4"),
+            Box::new(|| netns.ip("route flush proto 83")),
+        ),
+        (
+            "the device taken down",
+            address(),
+            Box::new(|| netns.ip(&format!("link set {device} down"))),
+        ),
+        (
+            "an address removed",
+            address(),
+            Box::new(|| netns.ip(&format!("address flush dev {device} scope global"))),
+        ),
+        (
+            "the MTU changed",
+            Box::new(|| netns.ip(&format!("link show {device}"))),
+            Box::new(|| netns.ip(&format!("link set {device} mtu 1300"))),
+        ),
+        (
+            "a peer removed",
+            peers(),
+            Box::new(|| netns.check("wg", &["set", device, "peer", &key_of_b, "remove"])),
+        ),
+        (
+            "allowed IPs changed",
+            peers(),
+            Box::new(|| netns.check("wg", &["set", device, "peer", &key_of_b, "allowed-ips", "10.9.0.0/16"])),
+        ),
+        (
+            "the mark changed",
+            mark(),
+            Box::new(|| netns.check("wg", &["set", device, "fwmark", "0x7"])),
+        ),
+        (
+            "forwarding switched off",
+            forwarding(),
+            Box::new(|| netns.set_sysctl("net/ipv4/ip_forward", "0").map(|()| String::new())),
+        ),
+        ("the gate's pins removed", pins(), Box::new(|| remove_pins(&node.pins))),
     ];
     for (what, look, break_it) in breakages {
         let before = look().context(what)?;
         break_it().context(what)?;
         mesh.lab.eventually(&format!("repaired: {what}"), REPAIR, || {
             let now = look().map_err(|error| format!("{error:#}"))?;
-            if now == before { Ok(()) } else { Err(format!("before:\n{before}\nnow:\n{now}")) }
+            if now == before {
+                Ok(())
+            } else {
+                Err(format!("before:\n{before}\nnow:\n{now}"))
+            }
         })?;
     }
     mesh.all_flows_work("a0", "b0")?;
     Ok(())
+}
+
+/// Every file below a directory, one a line.
+fn names_below(directory: &std::path::Path) -> Result<String> {
+    let mut names = String::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        names.push_str(&format!("{}\n", path.display()));
+        if path.is_dir() {
+            names.push_str(&names_below(&path)?);
+        }
+    }
+    let mut lines: Vec<&str> = names.lines().collect();
+    lines.sort_unstable();
+    Ok(lines.join("\n"))
 }
 
 fn remove_pins(directory: &std::path::Path) -> Result<String> {
@@ -87,14 +156,46 @@ fn what_is_not_ours_survives_untouched() -> Result<()> {
          neighbour add 172.18.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent\n",
     )?;
     netns.check("tc", &["qdisc", "add", "dev", "veth-other", "clsact"])?;
-    netns.check("tc", &["filter", "add", "dev", "veth-other", "egress", "protocol", "ip", "prio", "7", "u32", "match", "u32", "0", "0", "action", "pass"])?;
+    netns.check(
+        "tc",
+        &[
+            "filter",
+            "add",
+            "dev",
+            "veth-other",
+            "egress",
+            "protocol",
+            "ip",
+            "prio",
+            "7",
+            "u32",
+            "match",
+            "u32",
+            "0",
+            "0",
+            "flowid",
+            "1:1",
+        ],
+    )?;
     let before = foreign(&netns)?;
     let number = mesh.agent("a").status()?.pass.number;
 
-    mesh.eventually("some passes later", Duration::from_secs(20), mesh.agent("a"), |status| status.pass.number > number + 2)?;
+    mesh.eventually(
+        "some passes later",
+        Duration::from_secs(20),
+        mesh.agent("a"),
+        |status| status.pass.number > number + 2,
+    )?;
     let after_passes = foreign(&netns)?;
     mesh.agent_mut("a").terminate(Duration::from_secs(5))?;
-    let cleaned = netns.exec(SHROUD, &["cleanup", "--config", &shroud_lab::agent::config_file(mesh.lab.node("a")).display().to_string()])?;
+    let cleaned = netns.exec(
+        SHROUD,
+        &[
+            "cleanup",
+            "--config",
+            &shroud_lab::agent::config_file(mesh.lab.node("a")).display().to_string(),
+        ],
+    )?;
     let after_cleanup = foreign(&netns)?;
 
     ensure!(cleaned.status.success(), "cleanup failed: {cleaned:?}");
@@ -106,10 +207,20 @@ fn what_is_not_ours_survives_untouched() -> Result<()> {
 /// Everything in a namespace that is not ours, as iproute2 sees it.
 fn foreign(netns: &Netns) -> Result<String> {
     let mut seen = String::new();
-    for line in ["-4 route show table all", "-6 route show table main", "rule show", "neighbour show nud permanent", "-brief link show"] {
+    for line in [
+        "-4 route show table all",
+        "-6 route show table main",
+        "rule show",
+        "neighbour show nud permanent",
+        "-brief link show",
+    ] {
         let shown = netns.ip(line)?;
-        let lines = shown.lines().filter(|line| !line.contains("proto 83") && !line.contains("shroud"));
-        let mut lines: Vec<&str> = lines.filter(|line| !line.contains("10.244.1.0 ") && !line.contains("fd00:10:244:1::")).collect();
+        let lines = shown
+            .lines()
+            .filter(|line| !line.contains("proto 83") && !line.contains("shroud"));
+        let mut lines: Vec<&str> = lines
+            .filter(|line| !line.contains("10.244.1.0 ") && !line.contains("fd00:10:244:1::"))
+            .collect();
         lines.sort_unstable();
         seen.push_str(&format!("# ip {line}\n{}\n", lines.join("\n")));
     }
@@ -121,7 +232,10 @@ fn foreign(netns: &Netns) -> Result<String> {
 }
 
 fn similar(before: &str, after: &str) -> Result<()> {
-    ensure!(before == after, "something foreign was touched\nbefore:\n{before}\nafter:\n{after}");
+    ensure!(
+        before == after,
+        "something foreign was touched\nbefore:\n{before}\nafter:\n{after}"
+    );
     Ok(())
 }
 
@@ -133,10 +247,16 @@ fn cleanup_removes_all_that_is_ours_and_says_what() -> Result<()> {
 
     let refused = node.host.netns.exec(SHROUD, &["cleanup", "--config", &config])?;
     mesh.agent_mut("a").terminate(Duration::from_secs(5))?;
-    let cleaned = node.host.netns.exec(SHROUD, &["cleanup", "--config", &config, "-o", "json"])?;
+    let cleaned = node
+        .host
+        .netns
+        .exec(SHROUD, &["cleanup", "--config", &config, "-o", "json"])?;
     let again = node.host.netns.exec(SHROUD, &["cleanup", "--config", &config])?;
 
-    ensure!(refused.status.code() == Some(1) && refused.stderr.contains("an agent is running"), "{refused:?}");
+    ensure!(
+        refused.status.code() == Some(1) && refused.stderr.contains("an agent is running"),
+        "{refused:?}"
+    );
     ensure!(cleaned.status.success(), "{cleaned:?}");
     let said: serde_json::Value = serde_json::from_str(&cleaned.stdout)?;
     let removed = said["removed"].to_string();
@@ -144,22 +264,45 @@ fn cleanup_removes_all_that_is_ours_and_says_what() -> Result<()> {
         ensure!(removed.contains(part), "cleanup does not name {part}: {removed}");
     }
     ensure!(node.host.netns.ip("route show proto 83")?.is_empty(), "routes are left");
-    ensure!(node.host.netns.ip(&format!("link show {}", node.device)).is_err(), "the device is left");
-    ensure!(!node.host.netns.check("bpftool", &["net"])?.contains("shroud"), "a program is left");
+    ensure!(
+        node.host.netns.ip(&format!("link show {}", node.device)).is_err(),
+        "the device is left"
+    );
+    ensure!(!node.pins.exists(), "pins are left");
+    node.host.netns.ip("route add 10.244.2.0/24 via 172.18.0.2 dev eth0")?;
+    let capture = mesh.capture()?;
+    mesh.send_in_vain(Protocol::Icmp, Family::V4, mesh.lab.pod("a0"), mesh.lab.pod("b0"));
+    ensure!(
+        capture.stop()?.plaintext_frames() > 0,
+        "a gate is left: a pod's packet was held back"
+    );
     ensure!(shroud_lab::agent::wire(&node).is_none(), "`shroud wire` is left");
     ensure!(node.state().join("key").exists(), "the key is gone");
-    ensure!(again.status.success() && again.stdout.contains("nothing of ours was there"), "{again:?}");
+    ensure!(
+        again.status.success() && again.stdout.contains("nothing of ours was there"),
+        "{again:?}"
+    );
     Ok(())
 }
 
 #[test]
 fn the_gate_works_the_same_through_clsact() -> Result<()> {
-    let options = AgentOptions { extra: String::new(), ..AgentOptions::new(SHROUD) };
+    let options = AgentOptions {
+        extra: String::new(),
+        ..AgentOptions::new(SHROUD)
+    };
     let mesh = Mesh::started("clsact", 2, &options)?;
     for agent in &mesh.agents {
-        mesh.eventually("healthy", Duration::from_secs(30), agent, |status| status.verdict == "healthy")?;
+        mesh.eventually("healthy", Duration::from_secs(30), agent, |status| {
+            status.verdict == "healthy"
+        })?;
     }
-    let shown = mesh.lab.node("a").host.netns.check("tc", &["filter", "show", "dev", "eth0", "egress"])?;
+    let shown = mesh
+        .lab
+        .node("a")
+        .host
+        .netns
+        .check("tc", &["filter", "show", "dev", "eth0", "egress"])?;
     ensure!(shown.contains("shroud"), "no filter of ours: {shown}");
     let capture = mesh.capture()?;
 

@@ -16,10 +16,17 @@ const ZERO_KEY: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 /// What node c says of itself, and what node a must say about it.
 fn refused(name: &str, record: impl Fn(&Mesh) -> serde_json::Value, reason: &str) -> Result<()> {
     let lab = Topology::new(name).nodes(3).pods(1).build()?;
-    let agents = lab.nodes.iter().take(2).map(|node| Agent::start(node, &AgentOptions::new(SHROUD))).collect::<Result<_>>()?;
+    let agents = lab
+        .nodes
+        .iter()
+        .take(2)
+        .map(|node| Agent::start(node, &AgentOptions::new(SHROUD)))
+        .collect::<Result<_>>()?;
     let mesh = Mesh { agents, lab };
     for agent in &mesh.agents {
-        mesh.eventually("a and b have met", Duration::from_secs(30), agent, |status| status.verdict == "healthy")?;
+        mesh.eventually("a and b have met", Duration::from_secs(30), agent, |status| {
+            status.verdict == "healthy"
+        })?;
     }
     let a = &mesh.lab.node("a").host.netns;
     // Another network plugin's routes to c's pods: without the gate they carry the traffic in the clear.
@@ -38,11 +45,28 @@ fn refused(name: &str, record: impl Fn(&Mesh) -> serde_json::Value, reason: &str
     mesh.all_flows_work("a0", "b0")?;
 
     let evidence = capture.stop()?;
-    let reasons = status.refused.iter().find(|refused| refused.node == "c").map(|refused| refused.reasons.join("; "));
-    ensure!(reasons.as_ref().is_some_and(|reasons| reasons.contains(reason)), "the reason is {reasons:?}, not {reason:?}");
-    ensure!(status.verdict == "degraded", "a refused node is no reason to be healthy: {}", status.summary);
-    ensure!(outcomes.iter().all(|outcome| !outcome.ok()), "traffic to c arrived: {outcomes:?}");
-    ensure!(evidence.plaintext_frames() == 0, "traffic to c left in the clear: {evidence:?}");
+    let reasons = status
+        .refused
+        .iter()
+        .find(|refused| refused.node == "c")
+        .map(|refused| refused.reasons.join("; "));
+    ensure!(
+        reasons.as_ref().is_some_and(|reasons| reasons.contains(reason)),
+        "the reason is {reasons:?}, not {reason:?}"
+    );
+    ensure!(
+        status.verdict == "degraded",
+        "a refused node is no reason to be healthy: {}",
+        status.summary
+    );
+    ensure!(
+        outcomes.iter().all(|outcome| !outcome.ok()),
+        "traffic to c arrived: {outcomes:?}"
+    );
+    ensure!(
+        evidence.plaintext_frames() == 0,
+        "traffic to c left in the clear: {evidence:?}"
+    );
     let gate = mesh.json("a", &["gate"])?;
     let dropped = gate["counters"].as_array().into_iter().flatten().any(|counter| {
         counter["verdict"] == "drop" && counter["direction"] == "egress" && counter["packets"].as_u64() > Some(0)
@@ -75,7 +99,11 @@ fn a_node_without_a_key_is_refused_and_fenced() -> Result<()> {
 
 #[test]
 fn a_node_with_a_zero_key_is_refused_and_fenced() -> Result<()> {
-    refused("zerokey", |_| record(&OWN, &announcement(ZERO_KEY)), "all zeroes or of low order")
+    refused(
+        "zerokey",
+        |_| record(&OWN, &announcement(ZERO_KEY)),
+        "all zeroes or of low order",
+    )
 }
 
 #[test]
@@ -84,12 +112,20 @@ fn a_node_with_another_nodes_key_is_refused_and_fenced() -> Result<()> {
         let status = mesh.agent("a").status().expect("a answers");
         status.peers.first().expect("b is a peer").public_key.clone()
     };
-    refused("stolenkey", |mesh| record(&OWN, &announcement(&key_of_b(mesh))), "that node b holds")
+    refused(
+        "stolenkey",
+        |mesh| record(&OWN, &announcement(&key_of_b(mesh))),
+        "that node b holds",
+    )
 }
 
 #[test]
 fn a_node_with_another_nodes_prefix_is_refused_and_the_owner_unaffected() -> Result<()> {
     // A key that nobody else has: the base point of Curve25519 is not of low order.
     let key = "CQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
-    refused("stolenprefix", |_| record(&["10.244.2.0/25", OWN[0]], &announcement(key)), "overlaps with one that node b holds")
+    refused(
+        "stolenprefix",
+        |_| record(&["10.244.2.0/25", OWN[0]], &announcement(key)),
+        "overlaps with one that node b holds",
+    )
 }

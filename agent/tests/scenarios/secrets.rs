@@ -15,7 +15,11 @@ fn base64(bytes: &[u8]) -> String {
         let word = chunk.iter().fold(0u32, |word, byte| (word << 8) | u32::from(*byte)) << (8 * (3 - chunk.len()));
         for place in 0..4 {
             let sextet = (word >> (18 - 6 * place)) & 63;
-            text.push(if place <= chunk.len() { char::from(ALPHABET[sextet as usize]) } else { '=' });
+            text.push(if place <= chunk.len() {
+                char::from(ALPHABET[sextet as usize])
+            } else {
+                '='
+            });
         }
     }
     text
@@ -30,17 +34,49 @@ fn the_private_key_is_found_nowhere_but_in_its_file() -> Result<()> {
     let file = state.join("key");
     std::fs::write(&file, format!("{}\n", base64(&KEY)))?;
     std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-    let options = AgentOptions { log: "trace".to_owned(), ..AgentOptions::new(SHROUD) };
-    let agents = lab.nodes.iter().map(|node| Agent::start(node, &options)).collect::<Result<_>>()?;
+    let options = AgentOptions {
+        log: "trace".to_owned(),
+        ..AgentOptions::new(SHROUD)
+    };
+    let agents = lab
+        .nodes
+        .iter()
+        .map(|node| Agent::start(node, &options))
+        .collect::<Result<_>>()?;
     let mesh = Mesh { agents, lab };
-    mesh.eventually("healthy", std::time::Duration::from_secs(30), mesh.agent("a"), |status| status.verdict == "healthy")?;
+    mesh.eventually(
+        "healthy",
+        std::time::Duration::from_secs(30),
+        mesh.agent("a"),
+        |status| status.verdict == "healthy",
+    )?;
     mesh.all_flows_work("a0", "b0")?;
 
     let node = mesh.lab.node("a");
     let mut places = vec![
-        ("status", mesh.agent("a").ask(&["status", "-o", "json"])?.stdout.into_bytes()),
-        ("gate", mesh.agent("a").ask(&["gate", "-o", "json"])?.stdout.into_bytes()),
-        ("config show", node.host.netns.exec(SHROUD, &["config", "show", &shroud_lab::agent::config_file(node).display().to_string()])?.stdout.into_bytes()),
+        (
+            "status",
+            mesh.agent("a").ask(&["status", "-o", "json"])?.stdout.into_bytes(),
+        ),
+        (
+            "gate",
+            mesh.agent("a").ask(&["gate", "-o", "json"])?.stdout.into_bytes(),
+        ),
+        (
+            "config show",
+            node.host
+                .netns
+                .exec(
+                    SHROUD,
+                    &[
+                        "config",
+                        "show",
+                        &shroud_lab::agent::config_file(node).display().to_string(),
+                    ],
+                )?
+                .stdout
+                .into_bytes(),
+        ),
         ("log", std::fs::read(node.log())?),
         ("public key file", std::fs::read(state.join("key.pub"))?),
     ];
@@ -68,8 +104,20 @@ fn the_private_key_is_found_nowhere_but_in_its_file() -> Result<()> {
 /// Whether the key, in any of the forms it could take, is in the bytes. Its first and last byte change when it is clamped.
 fn found(bytes: &[u8]) -> bool {
     let hex: String = KEY[1..31].iter().map(|byte| format!("{byte:02x}")).collect();
-    let decimal = KEY[1..31].iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let decimal = KEY[1..31]
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
     let base64 = base64(&KEY);
-    let forms = [KEY[1..31].to_vec(), hex.clone().into_bytes(), hex.to_uppercase().into_bytes(), decimal.into_bytes(), base64.as_bytes()[4..40].to_vec()];
-    forms.iter().any(|form| bytes.windows(form.len()).any(|window| window == form))
+    let forms = [
+        KEY[1..31].to_vec(),
+        hex.clone().into_bytes(),
+        hex.to_uppercase().into_bytes(),
+        decimal.into_bytes(),
+        base64.as_bytes()[4..40].to_vec(),
+    ];
+    forms
+        .iter()
+        .any(|form| bytes.windows(form.len()).any(|window| window == form))
 }

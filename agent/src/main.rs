@@ -58,7 +58,7 @@ fn agent(file: &Path, format: LogFormat) -> Exit {
         Ok(config) => config,
         Err(refused) => return complain(&refused, Exit::Usage),
     };
-    log_to_stderr(format);
+    log_to_stderr(format, "info");
     match daemon::run(config) {
         Ok(()) => Exit::Healthy,
         Err(error) => {
@@ -72,7 +72,7 @@ fn agent(file: &Path, format: LogFormat) -> Exit {
 }
 
 fn wire(device: String, socket_dir: std::path::PathBuf) -> Exit {
-    log_to_stderr(LogFormat::Text);
+    log_to_stderr(LogFormat::Text, shroud_wire::LOG_FILTER);
     match shroud_wire::run(shroud_wire::Options { device, socket_dir }) {
         Ok(()) => Exit::Healthy,
         Err(error) => {
@@ -180,13 +180,15 @@ fn complain(what: &dyn std::fmt::Display, exit: Exit) -> Exit {
     exit
 }
 
-/// Logs to stderr, at `info` unless RUST_LOG says otherwise.
-fn log_to_stderr(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+/// Logs to stderr, by this filter unless RUST_LOG has another.
+fn log_to_stderr(format: LogFormat, filter: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(false);
+        .with_ansi(false)
+        // A log that nobody reads any more must not end the process: by default a failed write is reported to stderr, which panics.
+        .log_internal_errors(false);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

@@ -16,6 +16,7 @@
 mod command_line;
 mod explain;
 mod faults;
+mod gate;
 mod mesh;
 mod reconcile;
 mod refused;

@@ -155,28 +155,12 @@ fn what_is_not_ours_survives_untouched() -> Result<()> {
          rule add priority 1000 from 198.51.100.1 lookup 100\n\
          neighbour add 172.18.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent\n",
     )?;
-    netns.check("tc", &["qdisc", "add", "dev", "veth-other", "clsact"])?;
-    netns.check(
-        "tc",
-        &[
-            "filter",
-            "add",
-            "dev",
-            "veth-other",
-            "egress",
-            "protocol",
-            "ip",
-            "prio",
-            "7",
-            "u32",
-            "match",
-            "u32",
-            "0",
-            "0",
-            "flowid",
-            "1:1",
-        ],
-    )?;
+    for device in ["veth-other", "eth0"] {
+        netns.check("tc", &["qdisc", "add", "dev", device, "clsact"])?;
+        let filter = "protocol ip prio 7 u32 match u32 0 0 flowid 1:1";
+        let add = format!("filter add dev {device} egress {filter}");
+        netns.check("tc", &add.split(' ').collect::<Vec<_>>())?;
+    }
     let before = foreign(&netns)?;
     let number = mesh.agent("a").status()?.pass.number;
 
@@ -224,10 +208,12 @@ fn foreign(netns: &Netns) -> Result<String> {
         lines.sort_unstable();
         seen.push_str(&format!("# ip {line}\n{}\n", lines.join("\n")));
     }
-    for direction in ["egress", "ingress"] {
-        seen.push_str(&netns.check("tc", &["filter", "show", "dev", "veth-other", direction])?);
+    for device in ["veth-other", "eth0"] {
+        for direction in ["egress", "ingress"] {
+            seen.push_str(&netns.check("tc", &["filter", "show", "dev", device, direction])?);
+        }
+        seen.push_str(&netns.check("tc", &["qdisc", "show", "dev", device])?);
     }
-    seen.push_str(&netns.check("tc", &["qdisc", "show", "dev", "veth-other"])?);
     Ok(seen)
 }
 
@@ -287,11 +273,7 @@ fn cleanup_removes_all_that_is_ours_and_says_what() -> Result<()> {
 
 #[test]
 fn the_gate_works_the_same_through_clsact() -> Result<()> {
-    let options = AgentOptions {
-        extra: String::new(),
-        ..AgentOptions::new(SHROUD)
-    };
-    let mesh = Mesh::started("clsact", 2, &options)?;
+    let mesh = Mesh::started("clsact", 2, &AgentOptions::new(SHROUD).attach("clsact"))?;
     for agent in &mesh.agents {
         mesh.eventually("healthy", Duration::from_secs(30), agent, |status| {
             status.verdict == "healthy"
@@ -303,7 +285,7 @@ fn the_gate_works_the_same_through_clsact() -> Result<()> {
         .host
         .netns
         .check("tc", &["filter", "show", "dev", "eth0", "egress"])?;
-    ensure!(shown.contains("shroud"), "no filter of ours: {shown}");
+    ensure!(shown.contains("shroud"), "no filter of ours: {shown}\n{}", mesh.lab.dump());
     let capture = mesh.capture()?;
 
     mesh.all_flows_work("a0", "b0")?;

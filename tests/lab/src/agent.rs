@@ -25,6 +25,10 @@ pub struct AgentOptions {
     pub shroud: PathBuf,
     /// `enforce`, `audit` or `off`.
     pub gate: String,
+    /// How the gate attaches: `auto`, `tcx` or `clsact`.
+    pub attach: String,
+    /// Pods whose traffic may stay in the clear, as a prefix; empty for none.
+    pub exempt: String,
     /// `userspace`, `kernel` or `auto`.
     pub backend: String,
     /// How often an idle tunnel speaks, e.g. `25s`.
@@ -119,6 +123,8 @@ impl AgentOptions {
         AgentOptions {
             shroud: shroud.into(),
             gate: "enforce".into(),
+            attach: "auto".into(),
+            exempt: String::new(),
             backend: "userspace".into(),
             keepalive: "25s".into(),
             extra: String::new(),
@@ -130,6 +136,22 @@ impl AgentOptions {
     pub fn gate(self, mode: &str) -> AgentOptions {
         AgentOptions {
             gate: mode.to_owned(),
+            ..self
+        }
+    }
+
+    /// The same with another way to attach the gate: `auto`, `tcx` or `clsact`.
+    pub fn attach(self, attach: &str) -> AgentOptions {
+        AgentOptions {
+            attach: attach.to_owned(),
+            ..self
+        }
+    }
+
+    /// The same with pods, as a prefix, whose traffic may stay in the clear.
+    pub fn exempt(self, prefix: &str) -> AgentOptions {
+        AgentOptions {
+            exempt: prefix.to_owned(),
             ..self
         }
     }
@@ -303,10 +325,10 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
          uplinks: [eth0]\n\
          podPrefixes: [\"{prefix4}\", \"{prefix6}\"]\n\
          protected: [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n\
-         exempt: []\n\
+         exempt: [{exempt}]\n\
          routing: {{ mode: native }}\n\
          encryption: {{ backend: {backend}, device: {device}, listenPort: {LISTEN_PORT}, keepalive: {keepalive} }}\n\
-         gate: {{ mode: \"{gate}\", pinDir: {pins}, attach: auto }}\n\
+         gate: {{ mode: \"{gate}\", pinDir: {pins}, attach: {attach} }}\n\
          directory: {{ file: {{ path: {directory} }} }}\n\
          {extra}",
         name = node.host.name,
@@ -318,6 +340,8 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
         device = node.device,
         keepalive = options.keepalive,
         gate = options.gate,
+        attach = options.attach,
+        exempt = options.exempt,
         pins = node.pins.display(),
         directory = node.directory.display(),
         extra = options.extra,

@@ -238,3 +238,53 @@ impl Connection {
 
 /// The text of an answer.
 pub(crate) type Reply = Zeroizing<Vec<u8>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (UnixStream, Connection) {
+        let (client, server) = UnixStream::pair().unwrap();
+        client.set_nonblocking(true).unwrap();
+        server.set_nonblocking(true).unwrap();
+        (client, Connection::new(server))
+    }
+
+    #[test]
+    fn a_line_without_end_takes_no_memory() {
+        let (mut client, mut connection) = pair();
+        let before = connection.line.capacity();
+        for _ in 0..256 {
+            client.write_all(&[b'a'; 4096]).unwrap();
+            assert_ne!(connection.turn(&mut |_| panic!("a request")), Wants::Nothing);
+        }
+
+        assert_eq!(connection.line.capacity(), before);
+    }
+
+    #[test]
+    fn a_client_that_reads_nothing_is_answered_only_so_far() {
+        let (mut client, mut connection) = pair();
+        client.write_all(&b"get=1\n\n".repeat(1000)).unwrap();
+        let mut served = 0;
+
+        for _ in 0..100 {
+            connection.turn(&mut |_| {
+                served += 1;
+                Zeroizing::new(vec![b'x'; 1 << 20])
+            });
+        }
+
+        assert_eq!(served, 1, "the first answer fills the socket");
+        let mut read = 0;
+        let mut bytes = vec![0; 1 << 20];
+        while served < 3 {
+            read += client.read(&mut bytes).unwrap_or(0);
+            connection.turn(&mut |_| {
+                served += 1;
+                Zeroizing::new(vec![b'x'; 1 << 20])
+            });
+        }
+        assert!(read > 1 << 20, "{read}");
+    }
+}

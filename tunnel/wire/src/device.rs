@@ -93,6 +93,7 @@ impl Identity {
 pub(crate) struct Device {
     identity: Option<Identity>,
     mtu: usize,
+    most_peers: usize,
     peers: Vec<Option<Peer>>,
     free: Vec<PeerId>,
     by_key: BTreeMap<PublicKey, PeerId>,
@@ -111,6 +112,7 @@ impl Device {
         Self {
             identity: None,
             mtu: 0,
+            most_peers: MOST_PEERS,
             peers: Vec::new(),
             free: Vec::new(),
             by_key: BTreeMap::new(),
@@ -256,7 +258,7 @@ impl Device {
         let kept = if set.replace_peers { 0 } else { self.by_key.len() };
         let is_new = |peer: &&SetPeer| !peer.remove && !peer.update_only && !self.by_key.contains_key(&peer.public_key);
         let new: BTreeSet<PublicKey> = set.peers.iter().filter(is_new).map(|peer| peer.public_key).collect();
-        if kept + new.len() > MOST_PEERS {
+        if kept + new.len() > self.most_peers {
             return Err(Errno::ENOSPC);
         }
         Ok(())

@@ -28,7 +28,7 @@ const EVENTS: usize = 32;
 /// Control connections. The longest-lived gives way to a new one.
 const MOST_CONNECTIONS: usize = 32;
 
-/// What an epoll event is about. Connections have the numbers from [`FIRST_CONNECTION`] on.
+/// What an epoll event is about. Connections have the numbers from `FIRST_CONNECTION` on.
 const SIGNAL: u64 = 0;
 const TUN: u64 = 1;
 const UDP_V4: u64 = 2;
@@ -42,7 +42,7 @@ const FIRST_CONNECTION: u64 = 16;
 /// deletes the link. Call it from the process's main thread, before there are others: it blocks the two signals.
 ///
 /// # Errors
-/// [`Error`] when a door cannot be opened, or when the device is deleted by somebody else.
+/// [`enum@Error`] when a door cannot be opened, or when the device is deleted by somebody else.
 pub fn run(options: Options) -> Result<(), Error> {
     EventLoop::open(&options)?.serve()
 }

@@ -227,7 +227,11 @@ mod tests {
             .filter(|&ms| limiter.allow(source, start + Duration::from_millis(ms)))
             .count();
 
-        assert_eq!((at_once, next_second), (5, 20));
+        let after_an_hour = (0..100)
+            .filter(|_| limiter.allow(source, start + Duration::from_secs(3600)))
+            .count();
+
+        assert_eq!((at_once, next_second, after_an_hour), (5, 20, 5));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The WireGuard userspace configuration protocol: text in, typed requests out, and back.
 //!
-//! Only the words are here; [`crate::device`] gives them meaning and [`crate::control`] carries them. A request is parsed line by line,
+//! Only the words are here; `device` gives them meaning and `control` carries them. A request is parsed line by line,
 //! so that the memory it takes is bounded by what it means and not by what was written. Nothing of a request is acted on before its
 //! last line was understood.
 //!
@@ -292,22 +292,22 @@ fn prefix(value: &str) -> Result<Prefix, Errno> {
 }
 
 /// An answer under construction. It may hold the private key, so its memory is wiped when it goes, and when it grows.
-pub struct Answer(Zeroizing<Vec<u8>>);
+pub(crate) struct Answer(Zeroizing<Vec<u8>>);
 
 impl Answer {
     /// An empty answer.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Zeroizing::new(Vec::with_capacity(1024)))
     }
 
     /// The answer to a request that has no result but success or failure.
-    pub fn outcome(outcome: Result<(), Errno>) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn outcome(outcome: Result<(), Errno>) -> Zeroizing<Vec<u8>> {
         let mut answer = Self::new();
         answer.end(outcome)
     }
 
     /// Writes what is true of the device itself.
-    pub fn device(&mut self, private_key: Option<&PrivateKey>, listen_port: u16, fwmark: u32) {
+    pub(crate) fn device(&mut self, private_key: Option<&PrivateKey>, listen_port: u16, fwmark: u32) {
         if let Some(key) = private_key {
             self.key("private_key", key.expose());
         }
@@ -318,7 +318,7 @@ impl Answer {
     }
 
     /// Writes what is true of one peer.
-    pub fn peer(&mut self, peer: &PeerStatus<'_>) {
+    pub(crate) fn peer(&mut self, peer: &PeerStatus<'_>) {
         self.key("public_key", peer.public_key.as_bytes());
         if let Some(key) = peer.preshared_key {
             self.key("preshared_key", key.expose());
@@ -336,12 +336,12 @@ impl Answer {
     }
 
     /// Writes one allowed IP of the peer written last.
-    pub fn allowed_ip(&mut self, prefix: Prefix) {
+    pub(crate) fn allowed_ip(&mut self, prefix: Prefix) {
         self.pair("allowed_ip", prefix);
     }
 
     /// Ends the answer. An error is written as its negative number, as `wg` and wireguard-go have it, whatever the protocol's page says.
-    pub fn end(&mut self, outcome: Result<(), Errno>) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn end(&mut self, outcome: Result<(), Errno>) -> Zeroizing<Vec<u8>> {
         self.pair("errno", outcome.map_or_else(|errno| -(errno as i32), |()| 0));
         self.write(b"\n");
         std::mem::take(&mut self.0)
@@ -383,21 +383,21 @@ impl Default for Answer {
 }
 
 /// What is true of one peer, without its allowed IPs.
-pub struct PeerStatus<'a> {
+pub(crate) struct PeerStatus<'a> {
     /// Who it is.
-    pub public_key: PublicKey,
+    pub(crate) public_key: PublicKey,
     /// The secret mixed into handshakes.
-    pub preshared_key: Option<&'a PresharedKey>,
+    pub(crate) preshared_key: Option<&'a PresharedKey>,
     /// Where its packets go.
-    pub endpoint: Option<SocketAddr>,
+    pub(crate) endpoint: Option<SocketAddr>,
     /// When the last handshake was completed.
-    pub last_handshake: Option<SystemTime>,
+    pub(crate) last_handshake: Option<SystemTime>,
     /// UDP payload sent to the peer, in bytes.
-    pub tx_bytes: u64,
+    pub(crate) tx_bytes: u64,
     /// Authenticated UDP payload received from the peer, in bytes.
-    pub rx_bytes: u64,
+    pub(crate) rx_bytes: u64,
     /// Seconds of silence after which an empty packet is sent; 0 is never.
-    pub keepalive: u16,
+    pub(crate) keepalive: u16,
 }
 
 /// A clock set before 1970 says "never" rather than something absurd.

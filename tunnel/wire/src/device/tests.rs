@@ -123,7 +123,16 @@ impl Host {
     }
 
     fn hear(&mut self, datagram: &[u8], from: u8) {
-        self.device.inbound(datagram, &at(from), now(), &mut self.doors);
+        self.hear_after(Duration::ZERO, datagram, from);
+    }
+
+    fn hear_after(&mut self, after: Duration, datagram: &[u8], from: u8) {
+        let now = now();
+        let now = Now {
+            instant: now.instant + after,
+            ..now
+        };
+        self.device.inbound(datagram, &at(from), now, &mut self.doors);
     }
 
     fn tick(&mut self, after: Duration) {
@@ -259,20 +268,47 @@ fn a_source_counts_as_its_longest_prefix_says_whatever_else_the_sender_owns() {
     assert_eq!(from(&mut two, [10, 3, 0, 1]), 1);
 }
 
+/// A data message under an index that may be one of ours.
+fn data(index: u32) -> Vec<u8> {
+    let mut datagram = vec![0; 64];
+    datagram[0] = 4;
+    datagram[4..8].copy_from_slice(&index.to_le_bytes());
+    datagram
+}
+
 #[test]
 fn a_peer_that_uses_a_session_we_do_not_have_is_greeted_once_in_five_seconds() {
+    let (mut one, mut two) = acquainted();
+    let ours = one.device.by_index.keys().next().copied().unwrap();
+    let nobodys = data((ours ^ 1) << 8);
+    let over = data(ours << 8 | 77);
+
+    one.hear(&nobodys, 3);
+    assert_eq!(one.sent(), [], "no peer is there");
+
+    for (start, datagram) in [(0, &nobodys), (10, &over)] {
+        one.hear_after(Duration::from_secs(start), datagram, 2);
+        assert_eq!(one.doors.sent[0].0[0], 1);
+        settle(&mut [&mut one, &mut two]);
+
+        one.hear_after(Duration::from_secs(start + 4), datagram, 2);
+        assert_eq!(one.sent(), [], "too soon");
+    }
+}
+
+#[test]
+fn after_a_restart_the_first_packet_of_the_other_side_brings_the_session_back() {
     let (mut one, _) = acquainted();
     let mut two = Host::new(2);
     two.know(1, &format!("endpoint={}", address(1)));
+
     one.say_to(2, 100);
-    let stranger = one.last_sent();
+    settle(&mut [&mut one, &mut two]);
+    assert_eq!(two.doors.delivered.len(), 0, "the first one is lost");
+    one.say_to(2, 100);
+    settle(&mut [&mut one, &mut two]);
 
-    two.hear(&stranger, 3);
-    assert_eq!(two.sent(), []);
-
-    two.hear(&stranger, 1);
-    two.hear(&stranger, 1);
-    assert_eq!(two.sent(), [1]);
+    assert_eq!(two.doors.delivered.len(), 1);
 }
 
 #[test]
@@ -291,6 +327,7 @@ fn a_replayed_datagram_is_not_delivered_and_moves_no_endpoint() {
     one.say_to(2, 100);
     two.hear(&one.last_sent(), 9);
     assert_eq!(two.endpoint(1), Some(address(9)));
+    assert_eq!(two.device.by_endpoint.keys().collect::<Vec<_>>(), [&address(9)]);
 }
 
 #[test]
@@ -420,6 +457,21 @@ fn nothing_that_leads_to_a_peer_outlives_it() {
     assert_eq!(one.device.by_key, BTreeMap::new());
     one.know(3, "");
     assert_eq!(one.device.peers.len(), 1, "the slot is used again");
+}
+
+#[test]
+fn one_peer_too_many_is_refused_with_all_that_came_with_it() {
+    let mut one = Host::new(1);
+    one.device.most_peers = 2;
+    let peer = |number: u8| format!("public_key={}\n", hex(public(number).as_bytes()));
+
+    assert_eq!(one.set((peer(2) + &peer(3) + &peer(4)).trim_end()), Err(Errno::ENOSPC));
+    assert_eq!(one.device.by_key.len(), 0);
+    one.set((peer(2) + &peer(3)).trim_end()).unwrap();
+    one.set((peer(3) + &peer(2)).trim_end()).unwrap();
+    one.set(&format!("replace_peers=true\n{}", peer(4).trim_end())).unwrap();
+
+    assert_eq!(one.device.by_key.len(), 1);
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::fs;
 use std::net::UdpSocket;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Output, Stdio};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -112,6 +113,24 @@ fn told_to_end_it_removes_its_socket_and_leaves_the_device() {
 }
 
 #[test]
+fn another_user_is_not_spoken_to_even_if_the_file_lets_him() {
+    let lab = Lab::new(1);
+    let one = Wire::start(&lab, 1, Program::Shroud);
+    fs::set_permissions(one.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    let show = |user: u32| {
+        let output = Command::new("wg")
+            .args(["show", &one.device, "listen-port"])
+            .uid(user)
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+
+    assert_eq!(show(65534), "");
+    assert_eq!(show(0).trim(), "51820");
+}
+
+#[test]
 fn it_goes_on_when_nobody_reads_its_log_any_more() {
     let lab = Lab::new(1);
     let mut one = Wire::start(&lab, 1, Program::Shroud);
@@ -175,12 +194,18 @@ fn a_refused_change_changes_nothing() {
     let lab = Lab::new(1);
     let one = Wire::start(&lab, 1, Program::Shroud);
     let before = one.show("dump");
+    let _thief = one.node.enter(|| UdpSocket::bind("0.0.0.0:4444").unwrap());
+    let own: shroud_model::PublicKey = one.public_key.parse().unwrap();
+    let own: String = own.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let peer = format!("public_key={}\nallowed_ip=10.9.0.0/16", "03".repeat(32));
     let requests = [
-        "set=1\nlisten_port=4321\nfwmark=7\npublic_key=NOT\n\n",
-        "set=1\nlisten_port=4321\nfwmark=7\nno_such_key=1\n\n",
-        "set=1\nfwmark=7\nlisten_port=99999\n\n",
-        "set=2\n\n",
-        "hello\n\n",
+        "set=1\nlisten_port=4321\nfwmark=7\npublic_key=NOT\n\n".to_owned(),
+        format!("set=1\nlisten_port=4321\nfwmark=7\n{peer}\nno_such_key=1\n\n"),
+        format!("set=1\nlisten_port=4321\nfwmark=7\n{peer}\npublic_key={own}\n\n"),
+        format!("set=1\nlisten_port=4444\nfwmark=7\n{peer}\n\n"),
+        "set=1\nfwmark=7\nlisten_port=99999\n\n".to_owned(),
+        "set=2\n\n".to_owned(),
+        "hello\n\n".to_owned(),
     ];
     for request in requests {
         let answer = one.converse(request.as_bytes(), "\n\n");

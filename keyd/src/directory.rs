@@ -1,7 +1,7 @@
 //! Who is in the mesh, verified: a pure index over what the sources say.
 //!
 //! It owns the memory of who held a key or prefix first and which epochs were seen. It does no I/O and knows no time. Every change ends
-//! in [`Directory::settle`], which derives holders, peers and refusals from records and memory alone, never from the order in which
+//! in `Directory::settle`, which derives holders, peers and refusals from records and memory alone, never from the order in which
 //! equal facts came.
 //!
 //! - A key or prefix belongs to its first verified holder. A second claimer is refused. Two that claim it at once, with no memory of

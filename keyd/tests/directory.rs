@@ -347,6 +347,13 @@ fn a_new_key_sets_the_old_one_free() {
 }
 
 #[test]
+fn a_key_set_free_serves_another_claimer_in_the_same_list() {
+    let directory = after(&[&[node("a", 2)], &[node("a", 2).key(8).epoch(2), node("c", 4).key(2)]]);
+
+    assert_eq!(view(&directory), (peers([("a", 8), ("c", 2)]), refused([])));
+}
+
+#[test]
 fn prefixes_must_be_protected_and_not_absurdly_wide() {
     let wide: BTreeSet<Prefix> = prefixes(&["0.0.0.0/0", "::/0"]);
     let local = Local {
@@ -500,6 +507,12 @@ fn a_node_that_is_listed_twice_with_different_words_is_unreadable() {
 fn a_list_that_shrinks_a_little_is_believed() {
     let five = [node("a", 2), node("b", 3), node("c", 4), node("d", 5), node("e", 6)];
     assert_eq!(snapshot(&after(&[&five, &five[1..]])).peers.len(), 4);
+    let ten: Vec<Builder> = (2..12).map(|host| node(&format!("n{host}"), host)).collect();
+    assert_eq!(
+        snapshot(&after(&[&ten, &ten[2..]])).peers.len(),
+        8,
+        "a fifth is not more than a fifth"
+    );
     assert_eq!(
         snapshot(&after(&[&five[..2], &five[..1]])).peers.len(),
         1,

@@ -48,9 +48,8 @@ pub struct Agent {
 }
 
 /// What an agent says of itself; unknown fields stay in `raw`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[derive(Default)]
 pub struct Status {
     /// Version of the format.
     pub version: u32,

@@ -26,7 +26,10 @@ use packet_socket::PacketSocket;
 const EXAMPLES: usize = 20;
 
 /// How long a finished capture waits for frames that the links have counted but the sockets have not shown yet.
-const SETTLE: Duration = Duration::from_secs(1);
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// How long a capture that has been told to stop goes on reading frames that no link had counted then.
+const STRAGGLERS: Duration = Duration::from_millis(100);
 
 /// The way of a frame through a bridge port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -312,20 +315,21 @@ impl PortEvidence {
     }
 }
 
-/// Reads until told to stop and nothing is left to read.
+/// Reads until told to stop; then what is still on its way, but not for ever: traffic may go on.
 fn read(socket: &PacketSocket, judge: &Judge, evidence: &Mutex<PortEvidence>, stop: &AtomicBool) {
     let mut buffer = packet_socket::buffer();
+    let mut give_up = None;
     loop {
         // Asked before the read: a frame that came before the stop is still read.
         let stopping = stop.load(Ordering::Acquire);
+        if stopping && Instant::now() > *give_up.get_or_insert_with(|| Instant::now() + STRAGGLERS) {
+            break;
+        }
         match socket.read(&mut buffer) {
             Ok((frame, direction)) => judge.consider(frame, direction, &mut lock(evidence)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if stopping {
-                    break;
-                }
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && stopping => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 lock(evidence).error = Some(format!("read: {error}"));
                 break;

@@ -287,7 +287,10 @@ fn meet(lab: &Lab, agents: &mut [Agent]) -> Result<()> {
         if let Err(dead) = alive(agents) {
             return Ok(Err(dead));
         }
-        run_all(&greetings(lab), &lab.markers, AT_ONCE, &|_| ());
+        let outcomes = run_all(&greetings(lab), &lab.markers, AT_ONCE, &|_| ());
+        if let Some(failed) = outcomes.into_iter().find(|outcome| !outcome.ok()) {
+            return Err(format!("{}: {}", failed.flow, failed.error.unwrap_or_default()));
+        }
         for agent in agents.iter() {
             agent.status().map_err(|error| format!("{error:#}"))?.met_all(nodes)?;
         }

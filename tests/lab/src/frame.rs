@@ -294,8 +294,8 @@ mod tests {
 
         assert_eq!(classify(&text, &rules()), Class::Stranger);
         assert_eq!(
-            summary(&text, Detail::Kind),
-            "172.18.0.1 > 172.18.0.2 UDP to port 51820"
+            summary(&text, Detail::Full),
+            "172.18.0.1 > 172.18.0.2 UDP 40000 > 51820, 79 bytes"
         );
     }
 

@@ -231,10 +231,7 @@ impl Flow {
                 connection.write_all(&answered_with).context("server: send")
             });
             let result = (|| -> Result<()> {
-                let client = socket(&self.from.netns, self.family, Type::STREAM, None)?;
-                client
-                    .connect_timeout(&self.target(port).into(), self.patience)
-                    .with_context(|| format!("connect to {}", self.target(port)))?;
+                let client = connect(&self.from, self.family, self.target(port), self.patience)?;
                 let mut connection = timed(client, self.patience)?;
                 progress.step(0);
                 for chunk in sent.chunks(8192) {
@@ -420,6 +417,24 @@ fn tcp_listener(host: &Host, family: Family, patience: Duration) -> Result<Socke
     // Linux honours the receive timeout in accept (socket(7)).
     listener.set_read_timeout(Some(patience))?;
     Ok(listener)
+}
+
+/// Connects, again and again while the network says that there is no way: neighbours and routes may be about to come.
+fn connect(from: &Host, family: Family, address: SocketAddr, patience: Duration) -> Result<Socket> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let client = socket(&from.netns, family, Type::STREAM, None)?;
+        let left = deadline
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_millis(1));
+        match client.connect_timeout(&address.into(), left) {
+            Ok(()) => return Ok(client),
+            Err(error) if error.kind() != io::ErrorKind::ConnectionRefused && Instant::now() + RESEND < deadline => {
+                thread::sleep(RESEND);
+            }
+            Err(error) => return Err(error).with_context(|| format!("connect to {address}")),
+        }
+    }
 }
 
 fn timed(socket: Socket, patience: Duration) -> Result<TcpStream> {

@@ -11,7 +11,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shroud_lab::frame::Allowed;
 use shroud_lab::traffic::{Pulse, run_all};
@@ -89,6 +89,27 @@ fn every_frame_that_a_link_counts_is_captured() {
         "{captured} captured, {around} around\n{evidence}"
     );
     assert_eq!(evidence.complete(), Ok(()));
+}
+
+#[test]
+fn a_capture_ends_while_traffic_goes_on() {
+    let lab = plain_lab("goes-on");
+    let pulse = Pulse::start(Protocol::Udp, Family::V4, lab.pod("a0"), lab.pod("b0"), 5, &lab.markers).unwrap();
+    let capture = Capture::start(&lab, rules(&lab)).unwrap();
+    eventually("frames", Duration::from_secs(5), || {
+        match capture.so_far().plaintext_frames() {
+            0..100 => Err("fewer than 100".into()),
+            many => Ok(many),
+        }
+    })
+    .unwrap();
+
+    let start = Instant::now();
+    let evidence = capture.stop().unwrap();
+
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert_eq!(evidence.complete(), Ok(()));
+    assert!(pulse.worst().0 < Duration::from_secs(1));
 }
 
 #[test]

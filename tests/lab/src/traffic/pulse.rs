@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use socket2::{Socket, Type};
 
-use super::{Protocol, is_timeout, send_back, socket, tcp_listener, timed, udp_server};
+use super::{Protocol, connect, is_timeout, send_back, socket, tcp_listener, timed, udp_server};
 use crate::marker::{Markers, payload};
 use crate::topology::{Family, Host};
 
@@ -102,10 +102,7 @@ impl Pulse {
         for number in 0..connections {
             let name = format!("TCP pulse {number} {} -> {address}", from.name);
             let request = payload(&markers.issue(&name)?, SIZE);
-            let client = socket(&from.netns, family, Type::STREAM, None)?;
-            client
-                .connect_timeout(&address.into(), CONNECT)
-                .with_context(|| name.clone())?;
+            let client = connect(from, family, address, CONNECT).with_context(|| name.clone())?;
             let (server, _) = listener.accept().with_context(|| format!("{name}: accept"))?;
 
             let stop = Arc::clone(&self.stop);

@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 tools=${SHROUD_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/shroud/tools}
 export SHROUD_TOOLS=$tools PATH="$tools/bin:$PATH"
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
+# A failed assertion's message is what helps; anyhow's backtraces bury it.
+export RUST_LIB_BACKTRACE=0
 started=$SECONDS
 
 stage() {

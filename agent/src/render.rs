@@ -1,7 +1,5 @@
 //! Answers for people: the verdict in one line, then columns. NO_COLOR and pipes are honoured by the stream that prints them.
 
-use std::fmt::Write as _;
-
 use anstyle::{AnsiColor, Style};
 use comfy_table::{Table, TableStyle};
 use serde::Serialize;
@@ -30,10 +28,9 @@ pub(crate) fn render<T: Serialize>(answer: &T, output: Output, table: impl Fn(&T
 
 /// The verdict, the peers, and what needs a look.
 pub(crate) fn status(status: &Status, wide: bool) -> String {
-    let mut text = verdict_line(status);
+    let mut lines = vec![verdict_line(status)];
     let gate = &status.gate;
-    let _ = writeln!(
-        text,
+    lines.push(format!(
         "{FAINT}node {}  key {}  {} {} on port {}  gate {} on {}{FAINT:#}",
         status.node,
         status.fingerprint,
@@ -41,24 +38,23 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
         status.encryption.device,
         status.encryption.listen_port,
         gate.mode,
-        list_or(&gate.uplinks, "nothing"),
-    );
+        list_or(&gate.uplinks, "nothing")
+    ));
     if wide {
-        let _ = writeln!(text, "{FAINT}backend: {}{FAINT:#}", status.encryption.because);
-        let _ = writeln!(
-            text,
+        lines.push(format!("{FAINT}backend: {}{FAINT:#}", status.encryption.because));
+        lines.push(format!(
             "{FAINT}pass {}: {} changes in {:.0} ms  directory: {} ({}){FAINT:#}",
             status.pass.number,
             status.pass.changes,
             status.pass.seconds * 1000.0,
             status.directory.source,
-            status.directory.state,
-        );
+            status.directory.state
+        ));
     }
-    let _ = writeln!(text);
-    text.push_str(&peers(status, wide));
+    lines.push(String::new());
+    lines.push(peer_table(status, wide));
     if !status.refused.is_empty() {
-        let _ = writeln!(text, "\n{BAD}refused{BAD:#}");
+        lines.push(format!("\n{BAD}refused{BAD:#}"));
         let mut table = columns(&["NODE", "FENCED", "REASON"]);
         for refused in &status.refused {
             let fenced: Vec<String> = refused.fenced.iter().map(ToString::to_string).collect();
@@ -68,15 +64,15 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
                 printable(&refused.reasons.join("; ")),
             ]);
         }
-        let _ = writeln!(text, "{}", trimmed(&table));
+        lines.push(trimmed(&table));
     }
     if !status.problems.is_empty() {
-        let _ = writeln!(text, "\n{BAD}problems{BAD:#}");
+        lines.push(format!("\n{BAD}problems{BAD:#}"));
         for problem in &status.problems {
-            let _ = writeln!(text, "  - {}", printable(problem));
+            lines.push(format!("  - {}", printable(problem)));
         }
     }
-    text
+    text(&lines)
 }
 
 fn verdict_line(status: &Status) -> String {
@@ -84,11 +80,15 @@ fn verdict_line(status: &Status) -> String {
         Verdict::Healthy => (GOOD, "healthy"),
         Verdict::Degraded => (BAD, "degraded"),
     };
-    format!("{style}{word}{style:#}: {}\n", printable(&status.summary))
+    format!("{style}{word}{style:#}: {}", printable(&status.summary))
 }
 
 /// The table of peers.
 pub(crate) fn peers(status: &Status, wide: bool) -> String {
+    text(&[peer_table(status, wide)])
+}
+
+fn peer_table(status: &Status, wide: bool) -> String {
     let mut head = vec!["NODE", "BACKEND", "ENDPOINT", "HANDSHAKE", "RX", "TX", "MTU", "KEY"];
     if wide {
         head.push("PODS");
@@ -99,9 +99,9 @@ pub(crate) fn peers(status: &Status, wide: bool) -> String {
         table.add_row(peer_row(peer, wide));
     }
     if status.peers.is_empty() {
-        return "no peers\n".to_owned();
+        return "no peers".to_owned();
     }
-    format!("{}\n", trimmed(&table))
+    trimmed(&table)
 }
 
 fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
@@ -126,7 +126,7 @@ fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
 
 /// The gate's counters, and what it dropped last.
 pub(crate) fn gate(gate: &GateCounters, wide: bool) -> String {
-    let mut text = format!("gate {}\n\n", gate.mode);
+    let mut lines = vec![format!("gate {}\n", gate.mode)];
     let mut head = vec![
         "NODE",
         "DIRECTION",
@@ -162,17 +162,17 @@ pub(crate) fn gate(gate: &GateCounters, wide: bool) -> String {
         table.add_row(row);
     }
     if gate.counters.is_empty() {
-        text.push_str("nothing counted yet\n");
+        lines.push("nothing counted yet".to_owned());
     } else {
-        let _ = writeln!(text, "{}", trimmed(&table));
+        lines.push(trimmed(&table));
     }
     if !gate.events.is_empty() {
-        let _ = writeln!(text, "\nlatest drops");
+        lines.push("\nlatest drops".to_owned());
         for event in &gate.events {
-            let _ = writeln!(text, "  {}", printable(event));
+            lines.push(format!("  {}", printable(event)));
         }
     }
-    text
+    text(&lines)
 }
 
 /// A packet's way.
@@ -184,32 +184,41 @@ pub(crate) fn explanation(explanation: &Explanation, _wide: bool) -> String {
         Outcome::Dropped => (BAD, "dropped"),
         Outcome::Elsewhere => (FAINT, "not here"),
     };
-    let mut text = format!(
-        "{} -> {}: {style}{word}{style:#}: {}\n",
+    let mut lines = vec![format!(
+        "{} -> {}: {style}{word}{style:#}: {}",
         explanation.source, explanation.destination, explanation.because
-    );
+    )];
     for (number, step) in explanation.steps.iter().enumerate() {
-        let _ = writeln!(text, "  {}. {:<12} {}", number + 1, step.stage, printable(&step.says));
+        lines.push(format!(
+            "  {}. {:<12} {}",
+            number + 1,
+            step.stage,
+            printable(&step.says)
+        ));
     }
-    text
+    text(&lines)
 }
 
 /// What a cleanup did.
 pub(crate) fn cleaned(cleaned: &Cleaned, _wide: bool) -> String {
-    let mut text = String::new();
-    for (style, word, lines) in [
+    let mut lines = Vec::new();
+    for (style, word, items) in [
         (GOOD, "removed", &cleaned.removed),
         (BAD, "could not remove", &cleaned.failures),
         (FAINT, "kept", &cleaned.kept),
     ] {
-        for line in lines {
-            let _ = writeln!(text, "{style}{word}{style:#} {}", printable(line));
+        for item in items {
+            lines.push(format!("{style}{word}{style:#} {}", printable(item)));
         }
     }
     if cleaned.removed.is_empty() {
-        text.push_str("nothing of ours was there\n");
+        lines.push("nothing of ours was there".to_owned());
     }
-    text
+    text(&lines)
+}
+
+fn text(lines: &[String]) -> String {
+    lines.join("\n") + "\n"
 }
 
 fn columns(head: &[&str]) -> Table {

@@ -69,7 +69,11 @@ impl fmt::Display for Change {
             Self::SetMtu { device, old, new } => write!(f, "device {device}: mtu {old} -> {new}"),
             Self::LinkUp { device } => write!(f, "device {device}: down -> up"),
             Self::AddAddress { device, address } => write!(f, "address {} dev {device}: added", Prefix::host(*address)),
-            Self::RemoveAddress { device, address, length } => {
+            Self::RemoveAddress {
+                device,
+                address,
+                length,
+            } => {
                 write!(f, "address {address}/{length} dev {device}: removed")
             }
             Self::WriteSysctl { sysctl, old, new } => {
@@ -97,37 +101,64 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
 fn diff_link(device: &str, link: &Link, state: Option<&LinkState>, changes: &mut Vec<Change>) {
     let device = device.to_owned();
     // A missing device is somebody else's task; this one step fails and says so.
-    let Some(state) = state else { return changes.push(Change::LinkUp { device }) };
+    let Some(state) = state else {
+        return changes.push(Change::LinkUp { device });
+    };
     if state.mtu != link.mtu.bytes() {
-        changes.push(Change::SetMtu { device: device.clone(), old: state.mtu, new: link.mtu });
+        changes.push(Change::SetMtu {
+            device: device.clone(),
+            old: state.mtu,
+            new: link.mtu,
+        });
     }
     if !state.up {
         changes.push(Change::LinkUp { device: device.clone() });
     }
-    let desired: BTreeSet<(IpAddr, u8)> =
-        link.addresses.iter().map(|&address| (address, Prefix::host(address).length())).collect();
+    let desired: BTreeSet<(IpAddr, u8)> = link
+        .addresses
+        .iter()
+        .map(|&address| (address, Prefix::host(address).length()))
+        .collect();
     let (blocking, surplus): (Vec<_>, Vec<_>) =
-        state.addresses.difference(&desired).copied().partition(|&(address, _)| {
-            // IPv6 refuses an address twice, whatever its length; IPv4 takes both, and so is never without.
-            Family::of(address) == Family::V6 && link.addresses.contains(&address)
-        });
-    let remove = |(address, length)| Change::RemoveAddress { device: device.clone(), address, length };
+        state
+            .addresses
+            .difference(&desired)
+            .copied()
+            .partition(|&(address, _)| {
+                // IPv6 refuses an address twice, whatever its length; IPv4 takes both, and so is never without.
+                Family::of(address) == Family::V6 && link.addresses.contains(&address)
+            });
+    let remove = |(address, length)| Change::RemoveAddress {
+        device: device.clone(),
+        address,
+        length,
+    };
     changes.extend(blocking.into_iter().map(remove));
     changes.extend(
         desired
             .difference(&state.addresses)
-            .map(|&(address, _)| Change::AddAddress { device: device.clone(), address }),
+            .map(|&(address, _)| Change::AddAddress {
+                device: device.clone(),
+                address,
+            }),
     );
     changes.extend(surplus.into_iter().map(remove));
 }
 
 fn diff_sysctls(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>) {
-    let forwards = desired.sysctls.get(&Sysctl::Forwarding(Family::V6)).is_some_and(|value| value != "0");
+    let forwards = desired
+        .sysctls
+        .get(&Sysctl::Forwarding(Family::V6))
+        .is_some_and(|value| value != "0");
     if forwards {
         for device in &observed.advertised {
             let sysctl = Sysctl::AcceptRa(device.clone());
             if !desired.sysctls.contains_key(&sysctl) {
-                changes.push(Change::WriteSysctl { sysctl, old: Some("1".to_owned()), new: "2".to_owned() });
+                changes.push(Change::WriteSysctl {
+                    sysctl,
+                    old: Some("1".to_owned()),
+                    new: "2".to_owned(),
+                });
             }
         }
     }
@@ -135,21 +166,35 @@ fn diff_sysctls(desired: &Desired, observed: &Observed, changes: &mut Vec<Change
     for (sysctl, new) in &desired.sysctls {
         let old = observed.sysctls.get(sysctl).cloned().flatten();
         if old.as_ref() != Some(new) {
-            changes.push(Change::WriteSysctl { sysctl: sysctl.clone(), old, new: new.clone() });
+            changes.push(Change::WriteSysctl {
+                sysctl: sysctl.clone(),
+                old,
+                new: new.clone(),
+            });
         }
     }
 }
 
 fn diff_routes(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>) {
-    let (kept, mut surplus): (Vec<_>, Vec<_>) = observed
-        .routes
-        .iter()
-        .partition(|installed| installed.route.as_ref().is_some_and(|route| desired.routes.contains(route)));
-    let kept: BTreeSet<&Route> = kept.into_iter().filter_map(|installed| installed.route.as_ref()).collect();
+    let (kept, mut surplus): (Vec<_>, Vec<_>) = observed.routes.iter().partition(|installed| {
+        installed
+            .route
+            .as_ref()
+            .is_some_and(|route| desired.routes.contains(route))
+    });
+    let kept: BTreeSet<&Route> = kept
+        .into_iter()
+        .filter_map(|installed| installed.route.as_ref())
+        .collect();
     for route in desired.routes.iter().filter(|route| !kept.contains(route)) {
-        let slot = surplus.iter().position(|old| old.destination == route.destination && old.in_our_slot);
+        let slot = surplus
+            .iter()
+            .position(|old| old.destination == route.destination && old.in_our_slot);
         changes.push(match slot {
-            Some(index) => Change::ReplaceRoute { old: surplus.swap_remove(index).clone(), new: route.clone() },
+            Some(index) => Change::ReplaceRoute {
+                old: surplus.swap_remove(index).clone(),
+                new: route.clone(),
+            },
             None => Change::AddRoute(route.clone()),
         });
     }

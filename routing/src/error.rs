@@ -9,7 +9,9 @@ use crate::Sysctl;
 #[non_exhaustive]
 pub enum Error {
     /// No connection to the kernel's routing.
-    #[error("open a route netlink socket: {0}; the process needs an address family AF_NETLINK (seccomp, RestrictAddressFamilies)")]
+    #[error(
+        "open a route netlink socket: {0}; the process needs an address family AF_NETLINK (seccomp, RestrictAddressFamilies)"
+    )]
     Open(#[source] io::Error),
     /// The kernel refused a request.
     #[error("{operation}: {source}{}", hint(source))]
@@ -52,7 +54,9 @@ pub enum Error {
         device: String,
     },
     /// The device exists, but is not one of ours.
-    #[error("{operation}: device {device} is {kind}, not one of ours ({wanted}); nothing was changed, name another device")]
+    #[error(
+        "{operation}: device {device} is {kind}, not one of ours ({wanted}); nothing was changed, name another device"
+    )]
     NotOurs {
         /// What was tried.
         operation: String,
@@ -78,7 +82,9 @@ pub enum Error {
         value: String,
     },
     /// The setting could not be written.
-    #[error("set {sysctl} to {value}: {source}; set it on the host (sysctl -w {sysctl}={value}) when /proc/sys is read-only here")]
+    #[error(
+        "set {sysctl} to {value}: {source}; set it on the host (sysctl -w {sysctl}={value}) when /proc/sys is read-only here"
+    )]
     WriteSysctl {
         /// The setting.
         sysctl: Sysctl,
@@ -105,7 +111,10 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn request(operation: impl Into<String>, source: io::Error) -> Self {
-        Self::Request { operation: operation.into(), source }
+        Self::Request {
+            operation: operation.into(),
+            source,
+        }
     }
 
     /// The kernel's error number, where there is one.
@@ -136,7 +145,9 @@ fn hint(source: &io::Error) -> &'static str {
         }
         Some(rustix::io::Errno::NETDOWN) => "; the device is down",
         Some(rustix::io::Errno::ACCESS) => "; IPv6 may be switched off on the device (net.ipv6.conf.*.disable_ipv6)",
-        Some(rustix::io::Errno::INVAL) => "; the source must be an address of this node, and the next hop reachable on the device",
+        Some(rustix::io::Errno::INVAL) => {
+            "; the source must be an address of this node, and the next hop reachable on the device"
+        }
         _ => "",
     }
 }

@@ -2,6 +2,11 @@
 //!
 //! Everything here is synchronous. A private runtime drives the netlink connection while a call lasts, and only then.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "netlink grows with each kernel: what we do not know is passed over"
+)]
+
 mod connection;
 mod message;
 
@@ -10,16 +15,16 @@ use std::io;
 use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType};
-use netlink_packet_route::RouteNetlinkMessage;
 use rustix::io::Errno;
 use shroud_model::{Family, Prefix};
 
 use crate::{
-    Address, Change, Desired, Error, Facts, Hop, HopKind, InstalledRoute, LinkFacts, LinkState, Observed, PROTOCOL, Route,
-    Scope, Sysctl,
+    Address, Change, Desired, Error, Facts, Hop, HopKind, InstalledRoute, LinkFacts, LinkState, Observed, PROTOCOL,
+    Route, Scope, Sysctl,
 };
 use connection::Connection;
 
@@ -54,7 +59,10 @@ impl Kernel {
     /// # Errors
     /// [`Error::Open`] when the process may not open netlink sockets.
     pub fn open() -> Result<Self, Error> {
-        Ok(Self { connection: Connection::open()?, foreign: BTreeMap::new() })
+        Ok(Self {
+            connection: Connection::open()?,
+            foreign: BTreeMap::new(),
+        })
     }
 
     /// Reads what is ours, and what `desired` asks for.
@@ -91,17 +99,19 @@ impl Kernel {
     pub fn apply(&mut self, change: &Change) -> Result<(), Error> {
         let operation = change.to_string();
         match change {
-            Change::SetMtu { device, new, .. } => {
-                self.set_link(&operation, device, |link| link.attributes.push(LinkAttribute::Mtu(new.bytes())))
-            }
+            Change::SetMtu { device, new, .. } => self.set_link(&operation, device, |link| {
+                link.attributes.push(LinkAttribute::Mtu(new.bytes()))
+            }),
             Change::LinkUp { device } => self.set_link(&operation, device, |link| {
                 link.header.flags = LinkFlags::Up;
                 link.header.change_mask = LinkFlags::Up;
             }),
             Change::AddAddress { device, address } => self.add_address(&operation, device, *address),
-            Change::RemoveAddress { device, address, length } => {
-                self.remove_address(&operation, device, *address, *length)
-            }
+            Change::RemoveAddress {
+                device,
+                address,
+                length,
+            } => self.remove_address(&operation, device, *address, *length),
             Change::WriteSysctl { sysctl, new, .. } => sysctl.write(new),
             Change::AddRoute(route) => self.add_route(&operation, route),
             Change::ReplaceRoute { old, new } => self.replace_route(&operation, old, new),
@@ -139,7 +149,9 @@ impl Kernel {
     /// [`Error::NotOurs`] unless its name begins with `shroud` and it is a TUN or WireGuard device; otherwise what the kernel answers.
     pub fn delete_link(&mut self, device: &str) -> Result<bool, Error> {
         let operation = format!("delete device {device}");
-        let Some(link) = self.link(&operation, device)? else { return Ok(false) };
+        let Some(link) = self.link(&operation, device)? else {
+            return Ok(false);
+        };
         let kind = kind(&link);
         if !device.starts_with("shroud") || !is_ours(kind.as_deref()) {
             return Err(Error::NotOurs {
@@ -151,7 +163,10 @@ impl Kernel {
         }
         let mut message = LinkMessage::default();
         message.header.index = link.header.index;
-        match self.connection.change(&operation, RouteNetlinkMessage::DelLink(message), NLM_F_ACK) {
+        match self
+            .connection
+            .change(&operation, RouteNetlinkMessage::DelLink(message), NLM_F_ACK)
+        {
             Ok(()) => Ok(true),
             Err(error) if error.code() == Some(Errno::NODEV.raw_os_error()) => Ok(false),
             Err(error) => Err(error),
@@ -180,7 +195,12 @@ impl Kernel {
             );
         }
         for message in self.addresses(None)? {
-            let Some(link) = names.get(&message.header.index).and_then(|name| facts.links.get_mut(name)) else { continue };
+            let Some(link) = names
+                .get(&message.header.index)
+                .and_then(|name| facts.links.get_mut(name))
+            else {
+                continue;
+            };
             let Some(address) = address(&message) else { continue };
             link.addresses.insert(Address {
                 address,
@@ -197,7 +217,9 @@ impl Kernel {
             for message in self.routes(family, None)? {
                 if message.header.destination_prefix_length == 0 && message.header.kind == RouteType::Unicast {
                     let indices = message::devices(&message);
-                    facts.default_route_devices.extend(indices.iter().filter_map(|index| names.get(index).cloned()));
+                    facts
+                        .default_route_devices
+                        .extend(indices.iter().filter_map(|index| names.get(index).cloned()));
                 }
             }
         }
@@ -212,13 +234,19 @@ impl Kernel {
     /// # Errors
     /// What the kernel answers, apart from its ways to say "not with me", which are a [`HopKind`].
     pub fn lookup(&mut self, destination: IpAddr, source: Option<IpAddr>) -> Result<Hop, Error> {
-        let Some(source) = source else { return self.ask(destination, None, None) };
+        let Some(source) = source else {
+            return self.ask(destination, None, None);
+        };
         let back = self.ask(source, None, None)?;
         if back.kind == HopKind::Local {
             return self.ask(destination, Some(source), None);
         }
-        let Some(input) = &back.device else { return Ok(nowhere(HopKind::Refused)) };
-        let Some(index) = self.connection.index(input) else { return Ok(nowhere(HopKind::Refused)) };
+        let Some(input) = &back.device else {
+            return Ok(nowhere(HopKind::Refused));
+        };
+        let Some(index) = self.connection.index(input) else {
+            return Ok(nowhere(HopKind::Refused));
+        };
         self.ask(destination, Some(source), Some(index))
     }
 
@@ -245,7 +273,9 @@ impl Kernel {
         }
         let mut devices = BTreeSet::new();
         for link in self.links()? {
-            let Some(name) = name(&link).filter(|name| !except.contains(name)) else { continue };
+            let Some(name) = name(&link).filter(|name| !except.contains(name)) else {
+                continue;
+            };
             let pods = !is_ours(kind(&link).as_deref()) && !link.header.flags.contains(LinkFlags::Loopback);
             if indices.contains(&link.header.index) && pods {
                 devices.insert(name);
@@ -259,7 +289,9 @@ impl Kernel {
 impl Kernel {
     fn link_state(&mut self, device: &str) -> Result<Option<LinkState>, Error> {
         let operation = format!("read device {device}");
-        let Some(link) = self.link(&operation, device)? else { return Ok(None) };
+        let Some(link) = self.link(&operation, device)? else {
+            return Ok(None);
+        };
         let kind = kind(&link);
         if !is_ours(kind.as_deref()) {
             return Err(not_ours(operation, device, kind));
@@ -298,14 +330,18 @@ impl Kernel {
         let mut message = LinkMessage::default();
         message.header.index = index;
         set(&mut message);
-        self.connection.change(operation, RouteNetlinkMessage::SetLink(message), NLM_F_ACK)
+        self.connection
+            .change(operation, RouteNetlinkMessage::SetLink(message), NLM_F_ACK)
     }
 
     fn add_address(&mut self, operation: &str, device: &str, address: IpAddr) -> Result<(), Error> {
         let index = self.our_index(operation, device)?;
         let message = message::address(index, address, Prefix::host(address).length());
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        match self.connection.change(operation, RouteNetlinkMessage::NewAddress(message), flags) {
+        match self
+            .connection
+            .change(operation, RouteNetlinkMessage::NewAddress(message), flags)
+        {
             Err(error) if error.code() == Some(Errno::EXIST.raw_os_error()) => Ok(()),
             answer => answer,
         }
@@ -314,7 +350,10 @@ impl Kernel {
     fn remove_address(&mut self, operation: &str, device: &str, address: IpAddr, length: u8) -> Result<(), Error> {
         let index = self.our_index(operation, device)?;
         let message = message::address(index, address, length);
-        match self.connection.change(operation, RouteNetlinkMessage::DelAddress(message), NLM_F_ACK) {
+        match self
+            .connection
+            .change(operation, RouteNetlinkMessage::DelAddress(message), NLM_F_ACK)
+        {
             Err(error) if error.code() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => Ok(()),
             answer => answer,
         }
@@ -323,7 +362,10 @@ impl Kernel {
     /// The index of a device, if it is one of ours.
     fn our_index(&mut self, operation: &str, device: &str) -> Result<u32, Error> {
         let Some(link) = self.link(operation, device)? else {
-            return Err(Error::NoDevice { operation: operation.to_owned(), device: device.to_owned() });
+            return Err(Error::NoDevice {
+                operation: operation.to_owned(),
+                device: device.to_owned(),
+            });
         };
         match kind(&link) {
             kind if is_ours(kind.as_deref()) => Ok(link.header.index),
@@ -332,7 +374,9 @@ impl Kernel {
     }
 
     fn links(&mut self) -> Result<Vec<LinkMessage>, Error> {
-        let answers = self.connection.list("list devices", &RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        let answers = self
+            .connection
+            .list("list devices", &RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
         let links = answers.into_iter().filter_map(|answer| match answer {
             RouteNetlinkMessage::NewLink(link) => Some(link),
             _ => None,
@@ -343,7 +387,9 @@ impl Kernel {
     fn addresses(&mut self, index: Option<u32>) -> Result<Vec<AddressMessage>, Error> {
         let mut message = AddressMessage::default();
         message.header.index = index.unwrap_or(0);
-        let answers = self.connection.list("list addresses", &RouteNetlinkMessage::GetAddress(message));
+        let answers = self
+            .connection
+            .list("list addresses", &RouteNetlinkMessage::GetAddress(message));
         let answers = match answers {
             // The device went away between two questions.
             Err(error) if error.code() == Some(Errno::NODEV.raw_os_error()) => Vec::new(),
@@ -362,10 +408,16 @@ impl Kernel {
     fn add_route(&mut self, operation: &str, route: &Route) -> Result<(), Error> {
         let message = self.message(operation, route)?;
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        match self.connection.change(operation, RouteNetlinkMessage::NewRoute(message), flags) {
+        match self
+            .connection
+            .change(operation, RouteNetlinkMessage::NewRoute(message), flags)
+        {
             Err(error) if error.code() == Some(Errno::EXIST.raw_os_error()) => {
                 let by = self.in_the_way(route.destination)?;
-                Err(Error::Occupied { route: route.to_string(), by: by.unwrap_or_else(|| "a route".to_owned()) })
+                Err(Error::Occupied {
+                    route: route.to_string(),
+                    by: by.unwrap_or_else(|| "a route".to_owned()),
+                })
             }
             answer => answer,
         }
@@ -377,8 +429,16 @@ impl Kernel {
     /// (`fib_table_insert`, net/ipv4/fib_trie.c), IPv6 all next hops of it (`fib6_add_rt2node`, net/ipv6/ip6_fib.c). So it is only used where
     /// no foreign route shares the place.
     fn replace_route(&mut self, operation: &str, old: &InstalledRoute, new: &Route) -> Result<(), Error> {
+        if message::is_multipath(&old.message) {
+            // IPv6 shows next hops of several owners as one route with the protocol of the first. Only a deletion tells them apart.
+            self.remove_route(operation, old)?;
+            return self.add_route(operation, new);
+        }
         if let Some(by) = self.in_the_way(new.destination)? {
-            return Err(Error::Occupied { route: new.to_string(), by });
+            return Err(Error::Occupied {
+                route: new.to_string(),
+                by,
+            });
         }
         let message = self.message(operation, new)?;
         let request = RouteNetlinkMessage::NewRoute(message);
@@ -404,9 +464,14 @@ impl Kernel {
 
     fn message(&mut self, operation: &str, route: &Route) -> Result<RouteMessage, Error> {
         let Some(index) = self.connection.index(&route.device) else {
-            return Err(Error::NoDevice { operation: operation.to_owned(), device: route.device.clone() });
+            return Err(Error::NoDevice {
+                operation: operation.to_owned(),
+                device: route.device.clone(),
+            });
         };
-        message::of(route, index).ok_or_else(|| Error::Families { route: route.to_string() })
+        message::of(route, index).ok_or_else(|| Error::Families {
+            route: route.to_string(),
+        })
     }
 
     fn installed(&self, message: RouteMessage) -> Option<InstalledRoute> {
@@ -424,8 +489,13 @@ impl Kernel {
                 if protocol == RouteProtocol::Other(PROTOCOL) || !message::in_our_slot(&message) {
                     continue;
                 }
-                let Some(installed) = self.installed(message) else { continue };
-                foreign.entry(installed.destination).or_default().push(format!("{installed} proto {protocol}"));
+                let Some(installed) = self.installed(message) else {
+                    continue;
+                };
+                foreign
+                    .entry(installed.destination)
+                    .or_default()
+                    .push(format!("{installed} proto {protocol}"));
             }
             self.foreign.insert(family, foreign);
         }
@@ -443,20 +513,29 @@ impl Kernel {
         // Filtering is the kernel's duty since 4.20; an older one sends everything.
         let main = |route: &RouteMessage| message::table(route) == u32::from(RouteHeader::RT_TABLE_MAIN);
         let wanted = |route: &RouteMessage| protocol.is_none_or(|number| u8::from(route.header.protocol) == number);
-        Ok(routes.into_iter().filter(|route| main(route) && wanted(route)).collect())
+        Ok(routes
+            .into_iter()
+            .filter(|route| main(route) && wanted(route))
+            .collect())
     }
 
     fn all_tables(&mut self, family: Family) -> Result<Vec<RouteMessage>, Error> {
         let mut message = RouteMessage::default();
         message.header.address_family = message::family(family);
         let routes = self.list_routes(message)?;
-        Ok(routes.into_iter().filter(|route| message::table(route) != TABLE_LOCAL).collect())
+        Ok(routes
+            .into_iter()
+            .filter(|route| message::table(route) != TABLE_LOCAL)
+            .collect())
     }
 
     fn list_routes(&mut self, message: RouteMessage) -> Result<Vec<RouteMessage>, Error> {
         let family = message.header.address_family;
         let operation = format!("list {family:?} routes");
-        let answers = match self.connection.list(&operation, &RouteNetlinkMessage::GetRoute(message)) {
+        let answers = match self
+            .connection
+            .list(&operation, &RouteNetlinkMessage::GetRoute(message))
+        {
             // This kernel has no such table yet, or no such family at all: no routes.
             Err(error) if is_one_of(&error, [Errno::NOENT, Errno::AFNOSUPPORT, Errno::OPNOTSUPP]) => Vec::new(),
             answers => answers?,
@@ -506,7 +585,11 @@ impl Kernel {
                     Some(Errno::INVAL) if source.is_none() => Ok(nowhere(HopKind::Blackhole)),
                     Some(Errno::INVAL) => {
                         let hop = self.ask(destination, None, None)?;
-                        Ok(if hop.kind == HopKind::Blackhole { hop } else { nowhere(HopKind::Refused) })
+                        Ok(if hop.kind == HopKind::Blackhole {
+                            hop
+                        } else {
+                            nowhere(HopKind::Refused)
+                        })
                     }
                     _ => Err(error),
                 };
@@ -516,22 +599,37 @@ impl Kernel {
             RouteNetlinkMessage::NewRoute(route) => Some(route),
             _ => None,
         });
-        let Some(answer) = answer else { return Err(Error::request(operation, io::ErrorKind::InvalidData.into())) };
+        let Some(answer) = answer else {
+            return Err(Error::request(operation, io::ErrorKind::InvalidData.into()));
+        };
         Ok(message::hop(&answer, |index| self.connection.name(index)))
     }
 }
 
 fn nowhere(kind: HopKind) -> Hop {
-    Hop { device: None, via: None, source: None, kind, mtu: None }
+    Hop {
+        device: None,
+        via: None,
+        source: None,
+        kind,
+        mtu: None,
+    }
 }
 
 fn is_one_of<const N: usize>(error: &Error, numbers: [Errno; N]) -> bool {
-    error.code().is_some_and(|code| numbers.iter().any(|number| number.raw_os_error() == code))
+    error
+        .code()
+        .is_some_and(|code| numbers.iter().any(|number| number.raw_os_error() == code))
 }
 
 fn not_ours(operation: String, device: &str, kind: Option<String>) -> Error {
     let kind = kind.unwrap_or_else(|| "a physical device".to_owned());
-    Error::NotOurs { operation, device: device.to_owned(), kind, wanted: OURS }
+    Error::NotOurs {
+        operation,
+        device: device.to_owned(),
+        kind,
+        wanted: OURS,
+    }
 }
 
 fn is_ours(kind: Option<&str>) -> bool {

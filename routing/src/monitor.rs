@@ -41,8 +41,13 @@ impl Monitor {
     /// [`Error::Open`] when there is no such socket to be had.
     pub fn open() -> Result<Self, Error> {
         let mut socket = TokioSocket::new(NETLINK_ROUTE).map_err(Error::Open)?;
-        let groups = GROUPS.into_iter().fold(0, |groups, group| groups | 1 << (group as u32 - 1));
-        socket.socket_mut().bind(&SocketAddr::new(0, groups)).map_err(Error::Open)?;
+        let groups = GROUPS
+            .into_iter()
+            .fold(0, |groups, group| groups | 1 << (group as u32 - 1));
+        socket
+            .socket_mut()
+            .bind(&SocketAddr::new(0, groups))
+            .map_err(Error::Open)?;
         Ok(Self { socket })
     }
 

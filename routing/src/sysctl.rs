@@ -32,7 +32,8 @@ impl Sysctl {
             Self::AcceptRa(device) | Self::RpFilter(device) | Self::DisableIpv6(device) => Some(device),
             Self::Forwarding(_) => None,
         };
-        let harmless = |name: &String| !name.is_empty() && name.len() < 16 && !name.contains('/') && name != "." && name != "..";
+        let harmless =
+            |name: &String| !name.is_empty() && name.len() < 16 && !name.contains('/') && name != "." && name != "..";
         if !device.is_none_or(harmless) {
             return Err(Error::InvalidDevice { sysctl: self.clone() });
         }
@@ -54,7 +55,10 @@ impl Sysctl {
         match fs::read_to_string(self.path()?) {
             Ok(text) => Ok(Some(text.trim().to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::ReadSysctl { sysctl: self.clone(), source }),
+            Err(source) => Err(Error::ReadSysctl {
+                sysctl: self.clone(),
+                source,
+            }),
         }
     }
 
@@ -63,13 +67,14 @@ impl Sysctl {
         if self.read()?.as_deref() == Some(value) {
             return Ok(());
         }
-        fs::write(self.path()?, value).map_err(|source| match source.kind() {
-            // Opening with O_CREAT in /proc answers EACCES or ENOENT for a file that does not exist.
-            io::ErrorKind::NotFound => Error::NoSysctl { sysctl: self.clone(), value: value.to_owned() },
-            _ if fs::metadata(self.path_text()).is_err() => {
-                Error::NoSysctl { sysctl: self.clone(), value: value.to_owned() }
-            }
-            _ => Error::WriteSysctl { sysctl: self.clone(), value: value.to_owned(), source },
+        let Err(source) = fs::write(self.path()?, value) else {
+            return Ok(());
+        };
+        let (sysctl, value) = (self.clone(), value.to_owned());
+        // What a kernel answers to writing a file that does not exist in /proc differs; whether it exists does not.
+        Err(match fs::exists(self.path_text()) {
+            Ok(false) => Error::NoSysctl { sysctl, value },
+            Ok(true) | Err(_) => Error::WriteSysctl { sysctl, value, source },
         })
     }
 }
@@ -93,7 +98,13 @@ mod tests {
     #[test]
     fn a_device_name_never_leaves_its_folder() {
         for name in ["", ".", "..", "../all", "a/b", "sixteen-letters-"] {
-            assert!(matches!(Sysctl::RpFilter(name.to_owned()).read(), Err(Error::InvalidDevice { .. })), "{name}");
+            assert!(
+                matches!(
+                    Sysctl::RpFilter(name.to_owned()).read(),
+                    Err(Error::InvalidDevice { .. })
+                ),
+                "{name}"
+            );
         }
         assert_eq!(Sysctl::RpFilter("no.such.dev".to_owned()).read().unwrap(), None);
         assert!(Sysctl::RpFilter("lo".to_owned()).read().unwrap().is_some());

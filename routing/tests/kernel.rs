@@ -1,5 +1,13 @@
 //! Routing against the real kernel, in network namespaces. What our code does is looked at with iproute2, and the reverse.
-#![allow(clippy::disallowed_methods, reason = "tests look at the kernel through iproute2 on purpose")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::let_underscore_must_use,
+    reason = "a test may panic, and cleans up as well as it can"
+)]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "tests look at the kernel through iproute2 on purpose"
+)]
 
 #[path = "kernel/netns.rs"]
 mod netns;
@@ -7,12 +15,14 @@ mod netns;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
 use std::net::IpAddr;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use netns::Netns;
 use shroud_model::{Family, Mtu, Prefix};
-use shroud_routing::{Address, Change, Desired, Error, HopKind, Kernel, Link, Monitor, Route, Scope, Sysctl, Wake, diff};
+use shroud_routing::{
+    Address, Change, Desired, Error, HopKind, Kernel, Link, Monitor, Route, Scope, Sysctl, Wake, diff,
+};
 
 fn prefix(text: &str) -> Prefix {
     text.parse().unwrap()
@@ -34,7 +44,10 @@ fn route(destination: &str, via: &str, source: &str, mtu: u32) -> Route {
 
 /// A node with two peers, dual stack.
 fn node() -> Desired {
-    let link = Link { mtu: Mtu::new(1440).unwrap(), addresses: BTreeSet::from([ip("10.244.1.0"), ip("fd00:10:244:1::")]) };
+    let link = Link {
+        mtu: Mtu::new(1440).unwrap(),
+        addresses: BTreeSet::from([ip("10.244.1.0"), ip("fd00:10:244:1::")]),
+    };
     Desired {
         links: BTreeMap::from([("shroud0".to_owned(), link)]),
         routes: BTreeSet::from([
@@ -107,11 +120,24 @@ fn what_is_desired_is_what_iproute2_shows() {
         .unwrap()
         .iter()
         .filter(|address| address["scope"] == "global")
-        .map(|address| format!("{}/{} {:?}", address["local"].as_str().unwrap(), address["prefixlen"], address["noprefixroute"]))
+        .map(|address| {
+            format!(
+                "{}/{} {:?}",
+                address["local"].as_str().unwrap(),
+                address["prefixlen"],
+                address["noprefixroute"]
+            )
+        })
         .collect();
-    assert_eq!(addresses, ["10.244.1.0/32 Bool(true)", "fd00:10:244:1::/128 Bool(true)"]);
-    // No route appeared that is not ours, apart from the kernel's own for link-local addresses.
-    assert_eq!(netns.routes("dev shroud0"), ["fe80::/64 proto kernel metric 256"]);
+    assert_eq!(
+        addresses,
+        ["10.244.1.0/32 Bool(true)", "fd00:10:244:1::/128 Bool(true)"]
+    );
+    assert_eq!(
+        netns.routes("dev shroud0"),
+        [] as [String; 0],
+        "no route appeared that is not ours"
+    );
 }
 
 #[test]
@@ -130,7 +156,10 @@ fn what_iproute2_makes_is_read_as_it_is() {
         netns.ip(command);
     }
 
-    let desired = Desired { sysctls: BTreeMap::new(), ..node() };
+    let desired = Desired {
+        sysctls: BTreeMap::new(),
+        ..node()
+    };
 
     assert_eq!(pass(&mut kernel, &desired).0, [] as [String; 0]);
 }
@@ -144,22 +173,46 @@ fn drift_is_repaired() {
     let drifts: [(&str, &str); 12] = [
         ("route del 10.244.2.0/24", "added"),
         ("route del fd00:10:244:2::/64", "added"),
-        ("route change 10.244.2.0/24 via 172.18.0.2 dev eth0 proto 83 mtu 1400 src 10.244.1.0", "mtu 1400 -> "),
-        ("route change 10.244.2.0/24 via 172.18.0.9 dev eth0 proto 83 mtu 1440", "via 172.18.0.9 dev eth0 mtu 1440 -> "),
-        ("route change fd00:10:244:3::/64 via fd18::9 dev eth0 proto 83", "via fd18::9 dev eth0 -> "),
+        (
+            "route change 10.244.2.0/24 via 172.18.0.2 dev eth0 proto 83 mtu 1400 src 10.244.1.0",
+            "mtu 1400 -> ",
+        ),
+        (
+            "route change 10.244.2.0/24 via 172.18.0.9 dev eth0 proto 83 mtu 1440",
+            "via 172.18.0.9 dev eth0 mtu 1440 -> ",
+        ),
+        (
+            "route change fd00:10:244:3::/64 via fd18::9 dev eth0 proto 83",
+            "via fd18::9 dev eth0 -> ",
+        ),
         ("route add 10.244.9.0/24 via 172.18.0.2 dev eth0 proto 83", "removed"),
-        ("route add blackhole 10.244.9.0/24 proto 83", "route blackhole 10.244.9.0/24: removed"),
-        ("route add fd00:9::/64 nexthop via fd18::2 nexthop via fd18::3 proto 83", "removed"),
-        ("route add 10.244.2.0/24 via 172.18.0.9 dev eth0 proto 83 metric 5", "metric 5: removed"),
+        (
+            "route add blackhole 10.244.9.0/24 proto 83",
+            "route blackhole 10.244.9.0/24: removed",
+        ),
+        (
+            "route add fd00:9::/64 proto 83 nexthop via fd18::2 nexthop via fd18::3",
+            "removed",
+        ),
+        (
+            "route add 10.244.2.0/24 via 172.18.0.9 dev eth0 proto 83 metric 5",
+            "metric 5: removed",
+        ),
         ("addr del fd00:10:244:1::/128 dev shroud0", "added"),
-        ("addr add 10.99.0.1/24 dev shroud0", "address 10.99.0.1/24 dev shroud0: removed"),
+        (
+            "addr add 10.99.0.1/24 dev shroud0",
+            "address 10.99.0.1/24 dev shroud0: removed",
+        ),
         ("link set shroud0 mtu 1300", "mtu 1300 -> 1440"),
     ];
 
     for (drift, repair) in drifts {
         netns.ip(drift);
         let changes = converge(&mut kernel, &node());
-        assert!(changes.iter().any(|change| change.contains(repair)), "{drift}: {changes:?}");
+        assert!(
+            changes.iter().any(|change| change.contains(repair)),
+            "{drift}: {changes:?}"
+        );
         assert_eq!(netns.routes("proto 83"), NODE_ROUTES, "{drift}");
     }
     // The kernel takes more away than was said: IPv4 routes lose their life with their source address, and a link its IPv6 addresses.
@@ -169,10 +222,18 @@ fn drift_is_repaired() {
         assert_eq!(netns.routes("proto 83"), NODE_ROUTES, "{drift}");
     }
     let global = |addresses: &serde_json::Value| -> Vec<String> {
-        let list = addresses.as_array().unwrap().iter().filter(|address| address["scope"] == "global");
-        list.map(|address| format!("{}/{}", address["local"], address["prefixlen"])).collect()
+        let list = addresses
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|address| address["scope"] == "global");
+        list.map(|address| format!("{}/{}", address["local"], address["prefixlen"]))
+            .collect()
     };
-    assert_eq!(global(&netns.look("addr show dev shroud0")[0]["addr_info"]), global(&addresses));
+    assert_eq!(
+        global(&netns.look("addr show dev shroud0")[0]["addr_info"]),
+        global(&addresses)
+    );
 }
 
 #[test]
@@ -198,7 +259,13 @@ fn a_setting_that_drifts_is_set_again() {
 
     let changes = converge(&mut kernel, &node());
 
-    assert_eq!(changes, ["sysctl net.ipv4.ip_forward: 0 -> 1", "sysctl net.ipv4.conf.shroud0.rp_filter: 1 -> 2"]);
+    assert_eq!(
+        changes,
+        [
+            "sysctl net.ipv4.ip_forward: 0 -> 1",
+            "sysctl net.ipv4.conf.shroud0.rp_filter: 1 -> 2"
+        ]
+    );
 }
 
 #[test]
@@ -215,8 +282,10 @@ fn a_setting_that_does_not_exist_is_an_error_that_says_so() {
     let texts: Vec<String> = errors.iter().map(Error::to_string).collect();
     assert_eq!(
         texts,
-        ["set net.ipv4.conf.shroud9.rp_filter to 2: no /proc/sys/net/ipv4/conf/shroud9/rp_filter; \
-          the device is gone, or this kernel has no such setting"]
+        [
+            "set net.ipv4.conf.shroud9.rp_filter to 2: no /proc/sys/net/ipv4/conf/shroud9/rp_filter; \
+          the device is gone, or this kernel has no such setting"
+        ]
     );
 }
 
@@ -225,18 +294,28 @@ fn routes_from_router_advertisements_survive_forwarding() {
     let netns = Netns::enter();
     let mut kernel = Kernel::open().unwrap();
     netns.ip("route add 2001:db8::/64 via fe80::1 dev eth0 proto ra");
-    let accept_ra = |device: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{device}/accept_ra")).unwrap();
-    assert_eq!(accept_ra("eth0").trim(), "1", "the kernel's default, on which this test builds");
+    let accept_ra =
+        |device: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{device}/accept_ra")).unwrap();
+    assert_eq!(
+        accept_ra("eth0").trim(),
+        "1",
+        "the kernel's default, on which this test builds"
+    );
 
     let changes = converge(&mut kernel, &node());
 
     let position = |text: &str| changes.iter().position(|change| change == text).unwrap();
     assert!(
-        position("sysctl net.ipv6.conf.eth0.accept_ra: 1 -> 2") < position("sysctl net.ipv6.conf.all.forwarding: 0 -> 1"),
+        position("sysctl net.ipv6.conf.eth0.accept_ra: 1 -> 2")
+            < position("sysctl net.ipv6.conf.all.forwarding: 0 -> 1"),
         "{changes:?}"
     );
     assert_eq!(accept_ra("eth0").trim(), "2");
-    assert_eq!(accept_ra("peer0").trim(), "1", "a device without such routes keeps its setting");
+    assert_eq!(
+        accept_ra("peer0").trim(),
+        "1",
+        "a device without such routes keeps its setting"
+    );
 }
 
 #[test]
@@ -249,6 +328,7 @@ fn what_is_foreign_stays_untouched() {
         "route add 10.244.2.0/25 via 172.18.0.7 dev eth0",
         "route add 10.244.2.0/24 via 172.18.0.7 dev eth0 proto 83 table 77",
         "route add fd00:7::/64 via fd18::7 dev eth0 proto bird",
+        "route add fd00:7::/64 via fd18::7 dev eth0 proto 83 table 77",
         "route add fd00:10:244:2::/64 via fd18::7 dev eth0 metric 2000",
         "route add default via 172.18.0.254 dev eth0",
         "addr add 192.0.2.1/24 dev eth0",
@@ -257,9 +337,14 @@ fn what_is_foreign_stays_untouched() {
         netns.ip(command);
     }
     let foreign = |netns: &Netns| {
-        let routes: Vec<String> = netns.routes("table all").into_iter().filter(|line| !line.contains("proto 83 ") || line.contains("table 77")).collect();
-        let routes: Vec<String> = routes.into_iter().filter(|line| !line.contains("shroud0")).collect();
-        (routes, netns.ip("addr show dev eth0"), netns.ip("rule show"))
+        let mut routes = netns.routes("table main");
+        routes.retain(|line| !line.contains("proto 83") && !line.contains("fe80"));
+        routes.extend(netns.routes("table 77"));
+        (
+            routes,
+            netns.ip("addr show dev eth0").replace(" tentative", ""),
+            netns.ip("rule show"),
+        )
     };
     let before = foreign(&netns);
 
@@ -296,7 +381,10 @@ fn a_foreign_route_in_the_way_is_named_and_not_overwritten() {
         ]
     );
     assert_eq!(netns.routes("proto static"), ["10.244.2.0/24 via 172.18.0.7 dev eth0"]);
-    assert_eq!(netns.routes("proto bird"), ["fd00:10:244:2::/64 via fd18::7 dev eth0 metric 1024"]);
+    assert_eq!(
+        netns.routes("proto bird"),
+        ["fd00:10:244:2::/64 via fd18::7 dev eth0 metric 1024"]
+    );
     assert_eq!(netns.routes("proto 83").len(), 2, "the others are there");
 }
 
@@ -308,14 +396,29 @@ fn a_replacement_never_hits_a_foreign_route_that_shares_the_place() {
     // In front of ours (IPv4), and as another next hop of it (IPv6).
     netns.ip("route prepend 10.244.2.0/24 via 172.18.0.7 dev eth0 proto static");
     netns.ip("route append fd00:10:244:2::/64 via fd18::7 dev eth0 proto static");
-    let changed = |route: Route| Route { mtu: Some(Mtu::new(1300).unwrap()), ..route };
-    let desired = Desired { routes: node().routes.into_iter().map(changed).collect(), ..node() };
+    let changed = |route: Route| Route {
+        mtu: Some(Mtu::new(1300).unwrap()),
+        ..route
+    };
+    let desired = Desired {
+        routes: node().routes.into_iter().map(changed).collect(),
+        ..node()
+    };
 
     let (_, errors) = pass(&mut kernel, &desired);
 
     assert_eq!(errors.len(), 2, "{errors:?}");
-    assert!(errors.iter().all(|error| matches!(error, Error::Occupied { .. })), "{errors:?}");
-    assert_eq!(netns.routes("proto static").len(), 2, "{:?}", netns.routes("table main"));
+    assert!(
+        errors.iter().all(|error| matches!(error, Error::Occupied { .. })),
+        "{errors:?}"
+    );
+    assert_eq!(
+        netns.routes("proto static"),
+        [
+            "10.244.2.0/24 via 172.18.0.7 dev eth0",
+            "fd00:10:244:2::/64 via fd18::7 dev eth0 metric 1024"
+        ]
+    );
 }
 
 #[test]
@@ -323,13 +426,18 @@ fn a_replacement_leaves_no_moment_without_a_route() {
     let netns = Netns::enter();
     let mut kernel = Kernel::open().unwrap();
     converge(&mut kernel, &node());
-    let mut monitor = Command::new("ip")
-        .args(["-n", netns.name(), "monitor", "route"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(monitor.stdout.take().unwrap()).lines().map(Result::unwrap);
-    // A route that comes and goes, until the monitor tells of it: from then on it hears everything.
+    let arguments = ["-n", netns.name(), "monitor", "route"];
+    let mut monitor = Running(
+        Command::new("ip")
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let mut lines = BufReader::new(monitor.0.stdout.take().unwrap())
+        .lines()
+        .map(Result::unwrap);
+    // What was said up to a route that only marks the place.
     let mut sentinel = 0;
     let mut until = |lines: &mut dyn Iterator<Item = String>, netns: &Netns| -> Vec<String> {
         sentinel += 1;
@@ -337,22 +445,38 @@ fn a_replacement_leaves_no_moment_without_a_route() {
         netns.ip(&format!("route add {destination}/32 dev peer0"));
         lines.take_while(|line| !line.starts_with(&destination)).collect()
     };
-    wait("ip monitor listens", || std::fs::read_to_string("/proc/net/netlink").map(|text| text.contains(&format!(" {} ", monitor.id()))).unwrap_or(false));
+    let listener = format!(" {} ", monitor.0.id());
+    wait("ip monitor listens", || {
+        std::fs::read_to_string("/proc/thread-self/net/netlink")
+            .unwrap()
+            .contains(&listener)
+    });
     until(&mut lines, &netns);
-    let changed = |route: Route| Route { mtu: Some(Mtu::new(1300).unwrap()), ..route };
-    let desired = Desired { routes: node().routes.into_iter().map(changed).collect(), ..node() };
+    let changed = |route: Route| Route {
+        mtu: Some(Mtu::new(1300).unwrap()),
+        ..route
+    };
+    let desired = Desired {
+        routes: node().routes.into_iter().map(changed).collect(),
+        ..node()
+    };
 
     converge(&mut kernel, &desired);
     let seen = until(&mut lines, &netns);
     let deleted = |seen: &[String]| seen.iter().filter(|line| line.starts_with("Deleted")).count();
-    assert_eq!((seen.iter().filter(|line| line.contains("mtu 1300")).count(), deleted(&seen)), (4, 0), "{seen:#?}");
+    assert_eq!(
+        (
+            seen.iter().filter(|line| line.contains("mtu 1300")).count(),
+            deleted(&seen)
+        ),
+        (4, 0),
+        "{seen:#?}"
+    );
 
     // The same eye does see a gap when there is one.
     let _ = kernel.remove();
     let seen = until(&mut lines, &netns);
     assert_eq!(deleted(&seen), 4, "{seen:#?}");
-    monitor.kill().unwrap();
-    monitor.wait().unwrap();
 }
 
 #[test]
@@ -366,12 +490,19 @@ fn an_ipv4_range_can_go_by_an_ipv6_next_hop() {
         source: None,
         mtu: None,
     };
-    let desired = Desired { routes: BTreeSet::from([route.clone()]), ..Desired::default() };
+    let desired = Desired {
+        routes: BTreeSet::from([route.clone()]),
+        ..Desired::default()
+    };
 
     converge(&mut kernel, &desired);
     assert_eq!(netns.routes("proto 83"), ["10.244.2.0/24 via inet6 fd18::2 dev eth0"]);
 
-    let reversed = Route { destination: prefix("fd00:2::/64"), via: Some(ip("172.18.0.2")), ..route };
+    let reversed = Route {
+        destination: prefix("fd00:2::/64"),
+        via: Some(ip("172.18.0.2")),
+        ..route
+    };
     let error = kernel.apply(&Change::AddRoute(reversed)).unwrap_err();
     assert!(matches!(error, Error::Families { .. }), "{error}");
 }
@@ -383,18 +514,42 @@ fn a_thousand_routes_take_little_time() {
     let routes = |mtu: u32| -> BTreeSet<Route> {
         (0..1000u32)
             .map(|n| match n % 2 {
-                0 => route(&format!("10.{}.{}.0/24", 100 + n / 256, n % 256), "172.18.0.2", "10.244.1.0", mtu),
+                0 => route(
+                    &format!("10.{}.{}.0/24", 100 + n / 256, n % 256),
+                    "172.18.0.2",
+                    "10.244.1.0",
+                    mtu,
+                ),
                 _ => route(&format!("fd00:{n:x}::/64"), "fd18::2", "fd00:10:244:1::", mtu),
             })
             .collect()
     };
     let began = Instant::now();
 
-    converge(&mut kernel, &Desired { routes: routes(1440), ..node() });
-    converge(&mut kernel, &Desired { routes: routes(1400), ..node() });
+    converge(
+        &mut kernel,
+        &Desired {
+            routes: routes(1440),
+            ..node()
+        },
+    );
+    converge(
+        &mut kernel,
+        &Desired {
+            routes: routes(1400),
+            ..node()
+        },
+    );
     let taken = began.elapsed();
 
-    assert_eq!(netns.routes("proto 83").iter().filter(|line| line.contains("mtu 1400")).count(), 1000);
+    assert_eq!(
+        netns
+            .routes("proto 83")
+            .iter()
+            .filter(|line| line.contains("mtu 1400"))
+            .count(),
+        1000
+    );
     assert!(taken < Duration::from_secs(10), "{taken:?}");
     eprintln!("1000 routes added and replaced, four passes: {taken:?}");
     assert_eq!(kernel.remove().removed.len(), 1000);
@@ -410,9 +565,18 @@ fn a_device_that_vanishes_midway_is_an_error_and_then_made_good() {
 
     let errors: Vec<Error> = changes.iter().filter_map(|change| kernel.apply(change).err()).collect();
 
-    assert_eq!(errors[0].to_string(), "device shroud0: mtu 1500 -> 1440: no device shroud0");
+    assert_eq!(
+        errors[0].to_string(),
+        "device shroud0: mtu 1500 -> 1440: no device shroud0"
+    );
     let (changes, errors) = pass(&mut kernel, &node());
-    assert_eq!((changes[0].as_str(), errors[0].to_string()), ("device shroud0: down -> up", "device shroud0: down -> up: no device shroud0".to_owned()));
+    assert_eq!(
+        (changes[0].as_str(), errors[0].to_string()),
+        (
+            "device shroud0: down -> up",
+            "device shroud0: down -> up: no device shroud0".to_owned()
+        )
+    );
     netns.ip("tuntap add shroud0 mode tun");
     converge(&mut kernel, &node());
     assert_eq!(netns.routes("proto 83"), NODE_ROUTES);
@@ -423,11 +587,21 @@ fn a_device_that_is_not_ours_is_never_set_up() {
     let netns = Netns::enter();
     let mut kernel = Kernel::open().unwrap();
     let before = netns.ip("addr show dev eth0");
-    let link = Link { mtu: Mtu::new(1440).unwrap(), addresses: BTreeSet::new() };
-    let desired = Desired { links: BTreeMap::from([("eth0".to_owned(), link)]), ..Desired::default() };
+    let link = Link {
+        mtu: Mtu::new(1440).unwrap(),
+        addresses: BTreeSet::new(),
+    };
+    let desired = Desired {
+        links: BTreeMap::from([("eth0".to_owned(), link)]),
+        ..Desired::default()
+    };
 
     let error = kernel.observe(&desired).unwrap_err();
-    let change = Change::RemoveAddress { device: "eth0".to_owned(), address: ip("172.18.0.1"), length: 24 };
+    let change = Change::RemoveAddress {
+        device: "eth0".to_owned(),
+        address: ip("172.18.0.1"),
+        length: 24,
+    };
     let other = kernel.apply(&change).unwrap_err();
 
     assert_eq!(
@@ -450,8 +624,17 @@ fn only_our_own_device_is_deleted() {
     assert!(kernel.delete_link("shroud0").unwrap());
     assert!(!kernel.delete_link("shroud0").unwrap());
 
-    let names: Vec<String> = netns.look("link show").as_array().unwrap().iter().map(|link| link["ifname"].to_string()).collect();
-    assert!(names.contains(&"\"vpn0\"".to_owned()) && names.contains(&"\"shroud-veth\"".to_owned()), "{names:?}");
+    let names: Vec<String> = netns
+        .look("link show")
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|link| link["ifname"].to_string())
+        .collect();
+    assert!(
+        names.contains(&"\"vpn0\"".to_owned()) && names.contains(&"\"shroud-veth\"".to_owned()),
+        "{names:?}"
+    );
     assert!(!names.contains(&"\"shroud0\"".to_owned()), "{names:?}");
 }
 
@@ -473,20 +656,47 @@ fn facts_are_what_iproute2_shows() {
         .iter()
         .map(|link| {
             let up = link["flags"].as_array().unwrap().contains(&"UP".into());
-            (link["ifname"].as_str().unwrap().to_owned(), (link["ifindex"].as_u64().unwrap(), link["mtu"].as_u64().unwrap(), up))
+            (
+                link["ifname"].as_str().unwrap().to_owned(),
+                (link["ifindex"].as_u64().unwrap(), link["mtu"].as_u64().unwrap(), up),
+            )
         })
         .collect();
-    let read: BTreeMap<String, (u64, u64, bool)> =
-        facts.links.iter().map(|(name, link)| (name.clone(), (link.index.into(), link.mtu.into(), link.up))).collect();
+    let read: BTreeMap<String, (u64, u64, bool)> = facts
+        .links
+        .iter()
+        .map(|(name, link)| (name.clone(), (link.index.into(), link.mtu.into(), link.up)))
+        .collect();
     assert_eq!(read, shown);
     assert_eq!(facts.links["eth0"].kind.as_deref(), Some("veth"));
     assert_eq!(facts.links["shroud0"].kind.as_deref(), Some("tun"));
     assert_eq!(facts.links["lo"].kind, None);
-    let address = |text: &str, length, scope| Address { address: ip(text), length, scope };
-    assert!(facts.links["eth0"].addresses.contains(&address("172.18.0.1", 24, Scope::Global)));
-    assert!(facts.links["eth0"].addresses.contains(&address("fd18::1", 64, Scope::Global)));
-    assert!(facts.links["eth0"].addresses.iter().any(|address| address.scope == Scope::Link));
-    assert!(facts.links["lo"].addresses.contains(&address("127.0.0.1", 8, Scope::Host)));
+    let address = |text: &str, length, scope| Address {
+        address: ip(text),
+        length,
+        scope,
+    };
+    assert!(
+        facts.links["eth0"]
+            .addresses
+            .contains(&address("172.18.0.1", 24, Scope::Global))
+    );
+    assert!(
+        facts.links["eth0"]
+            .addresses
+            .contains(&address("fd18::1", 64, Scope::Global))
+    );
+    assert!(
+        facts.links["eth0"]
+            .addresses
+            .iter()
+            .any(|address| address.scope == Scope::Link)
+    );
+    assert!(
+        facts.links["lo"]
+            .addresses
+            .contains(&address("127.0.0.1", 8, Scope::Host))
+    );
 }
 
 #[test]
@@ -538,7 +748,8 @@ fn a_lookup_says_what_becomes_of_a_packet() {
     ] {
         netns.ip(command);
     }
-    let mut kind = |destination: &str, source: Option<&str>| kernel.lookup(ip(destination), source.map(ip)).unwrap().kind;
+    let mut kind =
+        |destination: &str, source: Option<&str>| kernel.lookup(ip(destination), source.map(ip)).unwrap().kind;
 
     for (destination, expected) in [
         ("10.244.1.0", HopKind::Local),
@@ -561,20 +772,37 @@ fn a_lookup_says_what_becomes_of_a_packet() {
     // Nobody knows a way back to that source.
     assert_eq!(kind("10.244.2.7", Some("203.0.113.1")), HopKind::Refused);
 
-    for (source, own) in [(None, Some(ip("10.244.1.0"))), (Some(ip("10.244.1.5")), None), (Some(ip("172.18.0.1")), None)] {
+    for (source, own) in [
+        (None, Some(ip("10.244.1.0"))),
+        (Some(ip("10.244.1.5")), None),
+        (Some(ip("172.18.0.1")), None),
+    ] {
         let hop = kernel.lookup(ip("10.244.2.7"), source).unwrap();
-        assert_eq!((hop.kind, hop.device.as_deref(), hop.via, hop.mtu), (HopKind::Unicast, Some("eth0"), Some(ip("172.18.0.2")), Some(1440)), "{hop:?}");
+        assert_eq!(
+            (hop.kind, hop.device.as_deref(), hop.via, hop.mtu),
+            (HopKind::Unicast, Some("eth0"), Some(ip("172.18.0.2")), Some(1440)),
+            "{hop:?}"
+        );
         if source.is_none() {
             assert_eq!(hop.source, own);
         }
     }
-    let hop = kernel.lookup(ip("fd00:10:244:2::7"), Some(ip("fd00:10:244:1::5"))).unwrap();
-    assert_eq!((hop.kind, hop.device.as_deref(), hop.via, hop.mtu), (HopKind::Unicast, Some("eth0"), Some(ip("fd18::2")), Some(1420)), "{hop:?}");
+    let hop = kernel
+        .lookup(ip("fd00:10:244:2::7"), Some(ip("fd00:10:244:1::5")))
+        .unwrap();
+    assert_eq!(
+        (hop.kind, hop.device.as_deref(), hop.via, hop.mtu),
+        (HopKind::Unicast, Some("eth0"), Some(ip("fd18::2")), Some(1420)),
+        "{hop:?}"
+    );
 }
 
 /// Waits for the next wake-up, but not for ever.
 async fn wake(monitor: &mut Monitor, patience: Duration) -> Option<Wake> {
-    tokio::time::timeout(patience, monitor.changed()).await.ok().map(Result::unwrap)
+    tokio::time::timeout(patience, monitor.changed())
+        .await
+        .ok()
+        .map(Result::unwrap)
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -597,7 +825,11 @@ async fn the_monitor_wakes_for_each_kind_of_change_and_then_sleeps() {
     ] {
         while wake(&mut monitor, quiet).await.is_some() {}
         netns.ip(change);
-        assert_eq!(wake(&mut monitor, Duration::from_secs(5)).await, Some(Wake::Changed), "{change}");
+        assert_eq!(
+            wake(&mut monitor, Duration::from_secs(5)).await,
+            Some(Wake::Changed),
+            "{change}"
+        );
     }
 }
 
@@ -631,7 +863,20 @@ async fn a_flood_of_changes_is_a_change_too() {
     assert_eq!(wake(&mut monitor, Duration::from_secs(5)).await, Some(Wake::Overrun));
     while wake(&mut monitor, Duration::from_millis(300)).await.is_some() {}
     drop(tokio::task::spawn_blocking(move || kernel.remove()).await.unwrap());
-    assert!(wake(&mut monitor, Duration::from_secs(5)).await.is_some(), "it still listens");
+    assert!(
+        wake(&mut monitor, Duration::from_secs(5)).await.is_some(),
+        "it still listens"
+    );
+}
+
+/// A program that ends with the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Waits until something is so.

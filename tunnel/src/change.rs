@@ -114,28 +114,65 @@ impl fmt::Display for Change {
             Self::SetMark { old, new } => write!(f, "mark {old:#x} -> {:#x}", new.value()),
             Self::SetListenPort { old, new } => write!(f, "listen port {old} -> {new}"),
             Self::SetPrivateKey { old, new } => {
-                write!(f, "key {} -> {}", or_none(old.map(|key| key.fingerprint())), new.fingerprint())
+                write!(
+                    f,
+                    "key {} -> {}",
+                    or_none(old.map(|key| key.fingerprint())),
+                    new.fingerprint()
+                )
             }
-            Self::AddPeer { peer, endpoint, allowed_ips } => {
+            Self::AddPeer {
+                peer,
+                endpoint,
+                allowed_ips,
+            } => {
                 let endpoint = or_none(endpoint.map(|endpoint| endpoint.to_string()));
-                write!(f, "peer {}: added, endpoint {endpoint}, allowed IPs {}", peer.fingerprint(), list(allowed_ips))
+                write!(
+                    f,
+                    "peer {}: added, endpoint {endpoint}, allowed IPs {}",
+                    peer.fingerprint(),
+                    list(allowed_ips)
+                )
             }
             Self::AddAllowedIps { peer, allowed_ips } => {
-                write!(f, "peer {}: allowed IPs {} added", peer.fingerprint(), list(allowed_ips))
+                write!(
+                    f,
+                    "peer {}: allowed IPs {} added",
+                    peer.fingerprint(),
+                    list(allowed_ips)
+                )
             }
             Self::SetEndpoint { peer, old, new } => {
                 let old = or_none(old.map(|endpoint| endpoint.to_string()));
                 write!(f, "peer {}: endpoint {old} -> {new}", peer.fingerprint())
             }
             Self::SetPresharedKey { peer, old, new } => {
-                write!(f, "peer {}: preshared key {} -> {}", peer.fingerprint(), yes(*old), yes(*new))
+                write!(
+                    f,
+                    "peer {}: preshared key {} -> {}",
+                    peer.fingerprint(),
+                    yes(*old),
+                    yes(*new)
+                )
             }
             Self::SetKeepalive { peer, old, new } => {
-                let text = |keepalive: &Option<Duration>| or_none(keepalive.map(|every| format!("{} s", every.as_secs())));
-                write!(f, "peer {}: keepalive {} -> {}", peer.fingerprint(), text(old), text(new))
+                let text =
+                    |keepalive: &Option<Duration>| or_none(keepalive.map(|every| format!("{} s", every.as_secs())));
+                write!(
+                    f,
+                    "peer {}: keepalive {} -> {}",
+                    peer.fingerprint(),
+                    text(old),
+                    text(new)
+                )
             }
             Self::RemoveAllowedIps { peer, allowed_ips } => {
-                write!(f, "peer {}: allowed IPs {} removed", peer.fingerprint(), list(allowed_ips))
+                write!(
+                    f,
+                    "peer {}: allowed IPs {} removed",
+                    peer.fingerprint(),
+                    list(allowed_ips)
+                )
             }
             Self::RemovePeer { peer } => write!(f, "peer {}: removed", peer.fingerprint()),
         }
@@ -144,7 +181,11 @@ impl fmt::Display for Change {
 
 fn list(prefixes: &BTreeSet<Prefix>) -> String {
     let texts: Vec<String> = prefixes.iter().map(Prefix::to_string).collect();
-    if texts.is_empty() { "none".to_owned() } else { texts.join(" ") }
+    if texts.is_empty() {
+        "none".to_owned()
+    } else {
+        texts.join(" ")
+    }
 }
 
 /// The steps from `observed` to `desired`, in the order in which they must happen. Empty when nothing is to be done.
@@ -163,28 +204,44 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
     let device = match &observed.device {
         Some(device) if device.backend == desired.backend => device,
         other => {
-            changes.extend(other.as_ref().map(|device| Change::RemoveDevice { backend: device.backend }));
-            changes.push(Change::CreateDevice { backend: desired.backend });
+            changes.extend(other.as_ref().map(|device| Change::RemoveDevice {
+                backend: device.backend,
+            }));
+            changes.push(Change::CreateDevice {
+                backend: desired.backend,
+            });
             &blank
         }
     };
     // The mark goes first: without it the gate takes the device's own packets for strangers'.
     if device.mark != desired.mark.value() {
-        changes.push(Change::SetMark { old: device.mark, new: desired.mark });
+        changes.push(Change::SetMark {
+            old: device.mark,
+            new: desired.mark,
+        });
     }
     if device.listen_port != desired.listen_port {
-        changes.push(Change::SetListenPort { old: device.listen_port, new: desired.listen_port });
+        changes.push(Change::SetListenPort {
+            old: device.listen_port,
+            new: desired.listen_port,
+        });
     }
     if device.public_key != Some(desired.public_key) {
-        changes.push(Change::SetPrivateKey { old: device.public_key, new: desired.public_key });
+        changes.push(Change::SetPrivateKey {
+            old: device.public_key,
+            new: desired.public_key,
+        });
     }
     diff_peers(desired, device, observed.at, &mut changes);
     changes
 }
 
 fn diff_peers(desired: &Desired, device: &Device, now: SystemTime, changes: &mut Vec<Change>) {
-    let peers: BTreeMap<&PublicKey, &Peer> =
-        desired.peers.iter().filter(|(key, _)| **key != desired.public_key).collect();
+    let peers: BTreeMap<&PublicKey, &Peer> = desired
+        .peers
+        .iter()
+        .filter(|(key, _)| **key != desired.public_key)
+        .collect();
     let mut owners: BTreeMap<Prefix, PublicKey> = BTreeMap::new();
     for (key, peer) in &peers {
         for prefix in &peer.allowed_ips {
@@ -199,15 +256,26 @@ fn diff_peers(desired: &Desired, device: &Device, now: SystemTime, changes: &mut
     for (key, peer) in &peers {
         let wanted = ranges.remove(key).unwrap_or_default();
         match device.peers.get(key) {
-            None => changes.push(Change::AddPeer { peer: **key, endpoint: peer.endpoint, allowed_ips: wanted }),
+            None => changes.push(Change::AddPeer {
+                peer: **key,
+                endpoint: peer.endpoint,
+                allowed_ips: wanted,
+            }),
             Some(found) => diff_peer(**key, peer, &wanted, found, now, changes),
         }
     }
     for (key, found) in device.peers.iter().filter(|(key, _)| peers.contains_key(key)) {
-        let orphaned: BTreeSet<Prefix> =
-            found.allowed_ips.iter().filter(|prefix| !owners.contains_key(prefix)).copied().collect();
+        let orphaned: BTreeSet<Prefix> = found
+            .allowed_ips
+            .iter()
+            .filter(|prefix| !owners.contains_key(prefix))
+            .copied()
+            .collect();
         if !orphaned.is_empty() {
-            changes.push(Change::RemoveAllowedIps { peer: *key, allowed_ips: orphaned });
+            changes.push(Change::RemoveAllowedIps {
+                peer: *key,
+                allowed_ips: orphaned,
+            });
         }
     }
     let surplus = device.peers.keys().filter(|key| !peers.contains_key(key));
@@ -223,7 +291,9 @@ fn diff_peer(
     changes: &mut Vec<Change>,
 ) {
     let secret = |key: &Option<std::sync::Arc<PresharedKey>>| key.as_ref().map(|key| key.expose().to_owned());
-    if secret(&peer.preshared_key).map(zeroize::Zeroizing::new) != secret(&found.preshared_key).map(zeroize::Zeroizing::new) {
+    if secret(&peer.preshared_key).map(zeroize::Zeroizing::new)
+        != secret(&found.preshared_key).map(zeroize::Zeroizing::new)
+    {
         changes.push(Change::SetPresharedKey {
             peer: key,
             old: found.has_preshared_key(),
@@ -234,24 +304,40 @@ fn diff_peer(
         && found.endpoint != Some(new)
         && (found.endpoint.is_none() || !is_fresh(found.last_handshake, now))
     {
-        changes.push(Change::SetEndpoint { peer: key, old: found.endpoint, new });
+        changes.push(Change::SetEndpoint {
+            peer: key,
+            old: found.endpoint,
+            new,
+        });
     }
     let keepalive = seconds(peer.keepalive).map(|seconds| Duration::from_secs(u64::from(seconds)));
     if keepalive != found.keepalive {
-        changes.push(Change::SetKeepalive { peer: key, old: found.keepalive, new: keepalive });
+        changes.push(Change::SetKeepalive {
+            peer: key,
+            old: found.keepalive,
+            new: keepalive,
+        });
     }
     let missing: BTreeSet<Prefix> = wanted.difference(&found.allowed_ips).copied().collect();
     if !missing.is_empty() {
-        changes.push(Change::AddAllowedIps { peer: key, allowed_ips: missing });
+        changes.push(Change::AddAllowedIps {
+            peer: key,
+            allowed_ips: missing,
+        });
     }
 }
 
 /// A handshake from the future (the clock was set back) is no proof of anything.
 fn is_fresh(last_handshake: Option<SystemTime>, now: SystemTime) -> bool {
-    last_handshake.and_then(|at| now.duration_since(at).ok()).is_some_and(|age| age < FRESH)
+    last_handshake
+        .and_then(|at| now.duration_since(at).ok())
+        .is_some_and(|age| age < FRESH)
 }
 
 /// A keepalive in WireGuard's unit; less than a second becomes one, more than 65535 becomes that.
 pub(crate) fn seconds(keepalive: Option<Duration>) -> Option<u16> {
     keepalive.map(|every| u16::try_from(every.as_secs().max(1)).unwrap_or(u16::MAX))
 }
+
+#[cfg(test)]
+mod tests;

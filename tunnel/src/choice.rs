@@ -33,11 +33,17 @@ pub fn choose(wanted: Wanted) -> Result<Choice, Error> {
     match wanted {
         Wanted::Userspace => userspace("the configuration says so".to_owned()),
         Wanted::Kernel => match kernel::probe() {
-            Ok(()) => Ok(Choice { backend: Backend::Kernel, because: "the configuration says so".to_owned() }),
+            Ok(()) => Ok(Choice {
+                backend: Backend::Kernel,
+                because: "the configuration says so".to_owned(),
+            }),
             Err(reason) => Err(Error::NoKernelWireGuard(reason)),
         },
         Wanted::Auto => match kernel::probe() {
-            Ok(()) => Ok(Choice { backend: Backend::Kernel, because: "this kernel has WireGuard".to_owned() }),
+            Ok(()) => Ok(Choice {
+                backend: Backend::Kernel,
+                because: "this kernel has WireGuard".to_owned(),
+            }),
             Err(reason) => userspace(reason),
         },
     }
@@ -45,7 +51,10 @@ pub fn choose(wanted: Wanted) -> Result<Choice, Error> {
 
 fn userspace(because: String) -> Result<Choice, Error> {
     fs::metadata("/dev/net/tun").map_err(Error::NoTun)?;
-    Ok(Choice { backend: Backend::Userspace, because })
+    Ok(Choice {
+        backend: Backend::Userspace,
+        because,
+    })
 }
 
 #[cfg(test)]
@@ -59,7 +68,13 @@ mod tests {
         match kernel::probe() {
             Ok(()) => assert_eq!(choice.backend, Backend::Kernel),
             Err(reason) => {
-                assert_eq!(choice, Choice { backend: Backend::Userspace, because: reason });
+                assert_eq!(
+                    choice,
+                    Choice {
+                        backend: Backend::Userspace,
+                        because: reason
+                    }
+                );
                 assert!(matches!(choose(Wanted::Kernel), Err(Error::NoKernelWireGuard(_))));
             }
         }

@@ -61,7 +61,9 @@ pub enum Error {
         device: String,
     },
     /// There is a device of that name, and it is not WireGuard's.
-    #[error("create kernel device {device}: there is a device of that name that is not WireGuard's; delete it (ip link del {device}) or name another")]
+    #[error(
+        "create kernel device {device}: there is a device of that name that is not WireGuard's; delete it (ip link del {device}) or name another"
+    )]
     NotWireGuard {
         /// The device.
         device: String,
@@ -129,7 +131,9 @@ pub enum Error {
         public_key: shroud_model::PublicKey,
     },
     /// An all-zero pre-shared key is WireGuard's way to say "none".
-    #[error("set the preshared key of peer {peer}: it is all zeroes, which WireGuard takes for none; make a new one (wg genpsk)")]
+    #[error(
+        "set the preshared key of peer {peer}: it is all zeroes, which WireGuard takes for none; make a new one (wg genpsk)"
+    )]
     ZeroPresharedKey {
         /// The peer.
         peer: shroud_model::PublicKey,
@@ -147,6 +151,9 @@ pub(crate) const RESTART_AFTER: u32 = 3;
 
 impl Error {
     pub(crate) fn system(operation: impl Into<String>, source: impl Into<io::Error>) -> Self {
-        Self::System { operation: operation.into(), source: source.into() }
+        Self::System {
+            operation: operation.into(),
+            source: source.into(),
+        }
     }
 }

@@ -4,8 +4,8 @@
 //! `Key` outlives a function of this module, and of its errors only number and kind go on. And its `apply` makes a device that is
 //! missing: only [`create`] may do that.
 
-use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +29,9 @@ pub(crate) fn probe() -> Result<(), String> {
         Err(error) => match number(&error) {
             // The family answered: there is no such device, as expected.
             Some(Errno::NODEV | Errno::OPNOTSUPP) => Ok(()),
-            Some(Errno::NOENT) => Err("this kernel has no WireGuard (generic netlink family \"wireguard\" is missing)".to_owned()),
+            Some(Errno::NOENT) => {
+                Err("this kernel has no WireGuard (generic netlink family \"wireguard\" is missing)".to_owned())
+            }
             Some(Errno::PERM) => Err("WireGuard's netlink family asks for CAP_NET_ADMIN, which is missing".to_owned()),
             _ => Err(format!("WireGuard's netlink family does not answer: {}", bare(&error))),
         },
@@ -38,17 +40,29 @@ pub(crate) fn probe() -> Result<(), String> {
 
 /// Makes the device, unless it is there already.
 pub(crate) fn create(device: &str) -> Result<(), Error> {
-    let refused = |source| Error::Refused { operation: "create kernel device".to_owned(), device: device.to_owned(), source };
-    DeviceUpdate::new().apply(&name(device)?, wg::Backend::Kernel).map_err(|error| refused(bare(&error)))?;
+    let refused = |source| Error::Refused {
+        operation: "create kernel device".to_owned(),
+        device: device.to_owned(),
+        source,
+    };
+    DeviceUpdate::new()
+        .apply(&name(device)?, wg::Backend::Kernel)
+        .map_err(|error| refused(bare(&error)))?;
     match read(device)? {
         Some(_) => Ok(()),
-        None => Err(Error::NotWireGuard { device: device.to_owned() }),
+        None => Err(Error::NotWireGuard {
+            device: device.to_owned(),
+        }),
     }
 }
 
 /// Deletes the device. Answers whether there was one.
 pub(crate) fn delete(device: &str) -> Result<bool, Error> {
-    let refused = |source| Error::Refused { operation: "delete kernel device".to_owned(), device: device.to_owned(), source };
+    let refused = |source| Error::Refused {
+        operation: "delete kernel device".to_owned(),
+        device: device.to_owned(),
+        source,
+    };
     match wg::Device::get(&name(device)?, wg::Backend::Kernel) {
         Ok(mut found) => {
             wipe(&mut found);
@@ -66,15 +80,28 @@ pub(crate) fn read(device: &str) -> Result<Option<Device>, Error> {
         Ok(found) => found,
         Err(error) if is_absent(&error) => return Ok(None),
         Err(error) => {
-            return Err(Error::Refused { operation: "read".to_owned(), device: device.to_owned(), source: bare(&error) });
+            return Err(Error::Refused {
+                operation: "read".to_owned(),
+                device: device.to_owned(),
+                source: bare(&error),
+            });
         }
     };
-    let public_key = found.public_key.as_ref().and_then(|key| PublicKey::from_bytes(key.0).ok());
+    let public_key = found
+        .public_key
+        .as_ref()
+        .and_then(|key| PublicKey::from_bytes(key.0).ok());
     let mut peers: BTreeMap<PublicKey, ObservedPeer> = BTreeMap::new();
     for info in &found.peers {
         // A key nobody can hold is not one of ours; what it claims is taken back when our peers get their ranges.
-        let Ok(key) = PublicKey::from_bytes(info.config.public_key.0) else { continue };
-        let ranges = info.config.allowed_ips.iter().filter_map(|range| Prefix::containing(range.address, range.cidr));
+        let Ok(key) = PublicKey::from_bytes(info.config.public_key.0) else {
+            continue;
+        };
+        let ranges = info
+            .config
+            .allowed_ips
+            .iter()
+            .filter_map(|range| Prefix::containing(range.address, range.cidr));
         match peers.entry(key) {
             // The kernel splits a long list of ranges over several messages; the later ones hold nothing else.
             Entry::Occupied(mut peer) => peer.get_mut().allowed_ips.extend(ranges),
@@ -110,7 +137,10 @@ pub(crate) fn read(device: &str) -> Result<Option<Device>, Error> {
 /// Changes the device, which must exist.
 pub(crate) fn write(operation: &str, device: &str, update: &Update<'_>) -> Result<(), Error> {
     if crate::tunnel::index(device).is_none() {
-        return Err(Error::NoDevice { operation: operation.to_owned(), device: device.to_owned() });
+        return Err(Error::NoDevice {
+            operation: operation.to_owned(),
+            device: device.to_owned(),
+        });
     }
     let mut request = DeviceUpdate::new();
     if let Some(key) = update.private_key {
@@ -125,11 +155,13 @@ pub(crate) fn write(operation: &str, device: &str, update: &Update<'_>) -> Resul
     for peer in &update.peers {
         request = request.add_peer(builder(peer));
     }
-    request.apply(&name(device)?, wg::Backend::Kernel).map_err(|error| Error::Refused {
-        operation: operation.to_owned(),
-        device: device.to_owned(),
-        source: bare(&error),
-    })
+    request
+        .apply(&name(device)?, wg::Backend::Kernel)
+        .map_err(|error| Error::Refused {
+            operation: operation.to_owned(),
+            device: device.to_owned(),
+            source: bare(&error),
+        })
 }
 
 fn builder(peer: &PeerUpdate<'_>) -> PeerConfigBuilder {
@@ -171,7 +203,9 @@ fn number(error: &io::Error) -> Option<Errno> {
 
 /// The error without its text, which may hold a request with keys in it.
 fn bare(error: &io::Error) -> io::Error {
-    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+    error
+        .raw_os_error()
+        .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
 fn wipe(device: &mut wg::Device) {

@@ -30,6 +30,9 @@ const LARGEST_LOG: u64 = 1 << 20;
 /// The only variables of our environment that the data plane gets.
 const ENVIRONMENT: [&str; 2] = ["RUST_LOG", "RUST_BACKTRACE"];
 
+/// The program that runs, whatever its file is called by now, and even when that file is gone.
+const OURSELVES: &str = "/proc/self/exe";
+
 /// How the data plane is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launcher {
@@ -43,7 +46,10 @@ impl Default for Launcher {
     /// This very program, as `wire --device NAME --socket-dir DIR`, also when its file was replaced by a newer one since it started.
     fn default() -> Self {
         let arguments = ["wire", "--device", "{device}", "--socket-dir", "{socket_dir}"];
-        Self { program: "/proc/self/exe".into(), arguments: arguments.map(str::to_owned).to_vec() }
+        Self {
+            program: OURSELVES.into(),
+            arguments: arguments.map(str::to_owned).to_vec(),
+        }
     }
 }
 
@@ -61,7 +67,10 @@ impl Place<'_> {
     }
 
     /// Starts the data plane and waits until it answers.
-    #[expect(clippy::disallowed_methods, reason = "the data plane is a process of its own, and this is where it begins")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the data plane is a process of its own, and this is where it begins"
+    )]
     pub(crate) fn start(&self) -> Result<Child, Error> {
         for folder in [self.socket_dir, self.runtime_dir] {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
@@ -70,12 +79,23 @@ impl Place<'_> {
         let log = self.runtime_dir.join(format!("{}.wire.log", self.device));
         let output = open_log(&log).map_err(|source| Error::system(format!("open {}", log.display()), source))?;
         let program = &self.launcher.program;
-        let failed = |source| Error::Start { program: program.clone(), source };
+        let failed = |source| Error::Start {
+            program: program.clone(),
+            source,
+        };
         let mut command = Command::new(program);
+        if program == Path::new(OURSELVES) {
+            // For whoever looks with `ps`.
+            command.arg0("shroud");
+        }
         command
             .args(self.arguments())
             .env_clear()
-            .envs(ENVIRONMENT.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+            .envs(
+                ENVIRONMENT
+                    .into_iter()
+                    .filter_map(|name| Some((name, std::env::var_os(name)?))),
+            )
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(output.try_clone().map_err(failed)?)
@@ -87,7 +107,11 @@ impl Place<'_> {
         let client = self.client();
         loop {
             if let Some(status) = child.try_wait().map_err(failed)? {
-                return Err(Error::Ended { program: program.clone(), status: status.to_string(), log });
+                return Err(Error::Ended {
+                    program: program.clone(),
+                    status: status.to_string(),
+                    log,
+                });
             }
             // Until it serves the socket there may be nobody, or one that is just ending.
             if matches!(client.read(), Ok(Some(_))) {
@@ -95,9 +119,13 @@ impl Place<'_> {
             }
             if began.elapsed() > START {
                 // Left alone it would serve the socket late, beside the one that the next pass starts.
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(Error::Silent { program: program.clone(), path: client.path().to_owned(), waited: START, log });
+                end(&mut child);
+                return Err(Error::Silent {
+                    program: program.clone(),
+                    path: client.path().to_owned(),
+                    waited: START,
+                    log,
+                });
             }
             thread::sleep(LOOK);
         }
@@ -105,9 +133,18 @@ impl Place<'_> {
 
     /// Ends the data plane, if one serves the socket and it is provably ours. Answers whether there was one.
     pub(crate) fn stop(&self) -> Result<bool, Error> {
-        let Some(owner) = self.client().owner()? else { return Ok(false) };
+        let Some(owner) = self.client().owner()? else {
+            return Ok(false);
+        };
         let failed = |operation: &str, error: rustix::io::Errno| {
-            Error::system(format!("{operation} the data plane of {}, process {}", self.device, owner.pid.as_raw_pid()), error)
+            Error::system(
+                format!(
+                    "{operation} the data plane of {}, process {}",
+                    self.device,
+                    owner.pid.as_raw_pid()
+                ),
+                error,
+            )
         };
         // The handle comes before the proof: from here on the number cannot come to mean another process.
         let process = match pidfd_open(owner.pid, PidfdFlags::empty()) {
@@ -153,8 +190,19 @@ impl Place<'_> {
 
     fn arguments(&self) -> Vec<OsString> {
         let socket_dir = self.socket_dir.to_string_lossy();
-        let fill = |text: &String| text.replace("{device}", self.device).replace("{socket_dir}", &socket_dir).into();
+        let fill = |text: &String| {
+            text.replace("{device}", self.device)
+                .replace("{socket_dir}", &socket_dir)
+                .into()
+        };
         self.launcher.arguments.iter().map(fill).collect()
+    }
+}
+
+/// Ends a child that serves nothing, and waits for it, so that no zombie stays.
+pub(crate) fn end(child: &mut Child) {
+    if let Err(error) = child.kill().and_then(|()| child.wait()) {
+        tracing::debug!(pid = child.id(), %error, "could not end a child");
     }
 }
 

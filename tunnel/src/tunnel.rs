@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use crate::change::seconds;
 use crate::error::RESTART_AFTER;
-use crate::process::Place;
+use crate::process::{self, Place};
 use crate::uapi::Client;
 use crate::update::{PeerUpdate, Presence, Update};
 use crate::{Backend, Change, Desired, Error, Launcher, Observed, Peer, kernel};
@@ -31,7 +31,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { socket_dir: "/run/wireguard".into(), runtime_dir: "/run/shroud".into(), launcher: Launcher::default() }
+        Self {
+            socket_dir: "/run/wireguard".into(),
+            runtime_dir: "/run/shroud".into(),
+            launcher: Launcher::default(),
+        }
     }
 }
 
@@ -57,7 +61,11 @@ pub struct Tunnel {
 impl Tunnel {
     /// Does nothing yet.
     pub fn new(options: Options) -> Self {
-        Self { options, children: BTreeMap::new(), silences: BTreeMap::new() }
+        Self {
+            options,
+            children: BTreeMap::new(),
+            silences: BTreeMap::new(),
+        }
     }
 
     /// Reads the device, whichever backend it has.
@@ -89,8 +97,14 @@ impl Tunnel {
         };
         match found {
             Some(_) if index(device).is_none() => Ok(Observed { at, device: None }),
-            Some(found) => Ok(Observed { at, device: Some(found) }),
-            None => Ok(Observed { at, device: kernel::read(device)? }),
+            Some(found) => Ok(Observed {
+                at,
+                device: Some(found),
+            }),
+            None => Ok(Observed {
+                at,
+                device: kernel::read(device)?,
+            }),
         }
     }
 
@@ -104,20 +118,36 @@ impl Tunnel {
         let peer_of = |key: &PublicKey| desired.peers.get(key).ok_or(Error::Stale { peer: *key });
         let mut update = Update::default();
         match change {
-            Change::CreateDevice { backend: Backend::Kernel } => return kernel::create(&desired.device),
-            Change::CreateDevice { backend: Backend::Userspace } => return self.start(&desired.device),
-            Change::RemoveDevice { backend: Backend::Kernel } => return kernel::delete(&desired.device).map(drop),
-            Change::RemoveDevice { backend: Backend::Userspace } => return self.stop(&desired.device).map(drop),
+            Change::CreateDevice {
+                backend: Backend::Kernel,
+            } => return kernel::create(&desired.device),
+            Change::CreateDevice {
+                backend: Backend::Userspace,
+            } => return self.start(&desired.device),
+            Change::RemoveDevice {
+                backend: Backend::Kernel,
+            } => return kernel::delete(&desired.device).map(drop),
+            Change::RemoveDevice {
+                backend: Backend::Userspace,
+            } => return self.stop(&desired.device).map(drop),
             Change::SetPrivateKey { .. } => {
                 check_key(desired)?;
                 update.private_key = Some(&desired.private_key);
             }
             Change::SetListenPort { new, .. } => update.listen_port = Some(*new),
             Change::SetMark { new, .. } => update.mark = Some(*new),
-            Change::AddPeer { peer, endpoint, allowed_ips } => {
+            Change::AddPeer {
+                peer,
+                endpoint,
+                allowed_ips,
+            } => {
                 let wanted = peer_of(peer)?;
                 let mut section = PeerUpdate::new(*peer, Presence::Ensured);
-                section.preshared_key = wanted.preshared_key.is_some().then(|| secret(peer, wanted)).transpose()?;
+                section.preshared_key = wanted
+                    .preshared_key
+                    .is_some()
+                    .then(|| secret(peer, wanted))
+                    .transpose()?;
                 section.endpoint = *endpoint;
                 section.keepalive = seconds(wanted.keepalive);
                 section.allowed_ips = allowed_ips.clone();
@@ -144,7 +174,9 @@ impl Tunnel {
                 update.peers.push(section);
             }
             Change::RemoveAllowedIps { allowed_ips, .. } => {
-                update.peers.extend(throw_away(allowed_ips).map_err(|error| Error::system(operation.as_str(), error))?);
+                update
+                    .peers
+                    .extend(throw_away(allowed_ips).map_err(|error| Error::system(operation.as_str(), error))?);
             }
             Change::RemovePeer { peer } => update.peers.push(PeerUpdate::new(*peer, Presence::Removed)),
         }
@@ -189,7 +221,10 @@ impl Tunnel {
 
     /// Starts the data plane, unless one answers and has its TUN device.
     fn start(&mut self, device: &str) -> Result<(), Error> {
-        let hangs = self.silences.get(device).is_some_and(|&silences| silences >= RESTART_AFTER);
+        let hangs = self
+            .silences
+            .get(device)
+            .is_some_and(|&silences| silences >= RESTART_AFTER);
         if !hangs && index(device).is_some() && matches!(self.client(device).read(), Ok(Some(_))) {
             return Ok(());
         }
@@ -204,8 +239,7 @@ impl Tunnel {
         let stopped = self.place(device).stop()?;
         if let Some(mut child) = self.children.remove(device) {
             // A child that does not serve the socket is on its way in or out; it must not come back beside the next one.
-            let _ = child.kill();
-            let _ = child.wait();
+            process::end(&mut child);
         }
         let socket = self.client(device);
         if socket.owner().is_ok_and(|owner| owner.is_none()) {
@@ -250,7 +284,10 @@ fn check_name(device: &str) -> Result<(), Error> {
 fn check_key(desired: &Desired) -> Result<(), Error> {
     let secret = StaticSecret::from(*Zeroizing::new(*desired.private_key.expose()));
     if x25519_dalek::PublicKey::from(&secret).as_bytes() != desired.public_key.as_bytes() {
-        return Err(Error::KeyMismatch { device: desired.device.clone(), public_key: desired.public_key });
+        return Err(Error::KeyMismatch {
+            device: desired.device.clone(),
+            public_key: desired.public_key,
+        });
     }
     Ok(())
 }

@@ -36,7 +36,9 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(socket_dir: &Path, device: &str) -> Self {
-        Self { path: socket_dir.join(format!("{device}.sock")) }
+        Self {
+            path: socket_dir.join(format!("{device}.sock")),
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -46,18 +48,31 @@ impl Client {
     /// The process that answers on the socket, or `None` when nobody does.
     pub(crate) fn owner(&self) -> Result<Option<Owner>, Error> {
         let operation = "find the data plane's process";
-        let Some(stream) = self.connect(operation)? else { return Ok(None) };
+        let Some(stream) = self.connect(operation)? else {
+            return Ok(None);
+        };
         let credentials = socket_peercred(&stream).map_err(|error| self.failed(operation, error.into()))?;
-        Ok(Some(Owner { pid: credentials.pid, user: credentials.uid.as_raw() }))
+        Ok(Some(Owner {
+            pid: credentials.pid,
+            user: credentials.uid.as_raw(),
+        }))
     }
 
     /// Reads the device, or `None` when nobody serves the socket.
     pub(crate) fn read(&self) -> Result<Option<Device>, Error> {
         let operation = "read the device";
-        let Some(mut stream) = self.connect(operation)? else { return Ok(None) };
-        self.send(operation, &mut stream, b"get=1\n\n")?;
+        let Some(mut stream) = self.connect(operation)? else {
+            return Ok(None);
+        };
         let mut answer = Answer::default();
-        self.receive(operation, &mut stream, |key, value| answer.pair(key, value))?;
+        let said = self
+            .send(operation, &mut stream, b"get=1\n\n")
+            .and_then(|()| self.receive(operation, &mut stream, |key, value| answer.pair(key, value)));
+        match said {
+            // It ended just now, and with it the connection.
+            Err(Error::Socket { source, .. }) if is_end(&source) => return Ok(None),
+            said => said?,
+        }
         self.check(operation, answer.number)?;
         answer.close();
         Ok(Some(answer.device))
@@ -82,7 +97,8 @@ impl Client {
     /// Connects with a bound on the wait: a hung server's queue of connections fills up, and then `connect` waits for a place in it.
     fn connect(&self, operation: &str) -> Result<Option<UnixStream>, Error> {
         let failed = |error: rustix::io::Errno| self.failed(operation, error.into());
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
         set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(failed)?;
         set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(failed)?;
         let address = SocketAddrUnix::new(self.path.as_path()).map_err(failed)?;
@@ -105,13 +121,18 @@ impl Client {
         stream: &mut UnixStream,
         mut pair: impl FnMut(&str, &str) -> Result<(), &'static str>,
     ) -> Result<(), Error> {
-        let garbled = |what| Error::Garbled { operation: operation.to_owned(), path: self.path.clone(), what };
+        let garbled = |what| Error::Garbled {
+            operation: operation.to_owned(),
+            path: self.path.clone(),
+            what,
+        };
         let began = Instant::now();
         let mut chunk = Zeroizing::new([0u8; 4096]);
         let mut line = Zeroizing::new(Vec::with_capacity(LONGEST_LINE));
         let mut total = 0;
         loop {
             let read = match stream.read(&mut chunk[..]) {
+                Ok(0) if total == 0 => return Err(self.failed(operation, io::ErrorKind::ConnectionReset.into())),
                 Ok(0) => return Err(garbled("it ends in the middle")),
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -146,17 +167,33 @@ impl Client {
                 device: self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
                 source: io::Error::from_raw_os_error(number.saturating_abs()),
             }),
-            None => Err(Error::Garbled { operation: operation.to_owned(), path: self.path.clone(), what: "no errno in it" }),
+            None => Err(Error::Garbled {
+                operation: operation.to_owned(),
+                path: self.path.clone(),
+                what: "no errno in it",
+            }),
         }
     }
 
     fn failed(&self, operation: &str, source: io::Error) -> Error {
         let (operation, path) = (operation.to_owned(), self.path.clone());
-        match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::NotAnswering { operation, path, waited: PATIENCE },
-            _ => Error::Socket { operation, path, source },
+        if matches!(source.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
+            return Error::NotAnswering {
+                operation,
+                path,
+                waited: PATIENCE,
+            };
+        }
+        Error::Socket {
+            operation,
+            path,
+            source,
         }
     }
+}
+
+fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
 
 /// Who answers on a control socket.
@@ -249,7 +286,12 @@ impl Default for Answer {
             mark: 0,
             peers: Default::default(),
         };
-        Self { device, peer: None, handshake: Duration::ZERO, number: None }
+        Self {
+            device,
+            peer: None,
+            handshake: Duration::ZERO,
+            number: None,
+        }
     }
 }
 
@@ -263,7 +305,9 @@ impl Answer {
             "public_key" => {
                 self.close();
                 // A key nobody can hold is not one of ours; what it claims is taken back when our peers get their ranges.
-                self.peer = PublicKey::from_bytes(*unhex(value)?).ok().map(|key| (key, ObservedPeer::default()));
+                self.peer = PublicKey::from_bytes(*unhex(value)?)
+                    .ok()
+                    .map(|key| (key, ObservedPeer::default()));
             }
             _ => self.peer_pair(key, value)?,
         }
@@ -300,8 +344,9 @@ impl Answer {
     fn close(&mut self) {
         let handshake = std::mem::take(&mut self.handshake);
         if let Some((key, mut peer)) = self.peer.take() {
-            peer.last_handshake =
-                (!handshake.is_zero()).then(|| SystemTime::UNIX_EPOCH.checked_add(handshake)).flatten();
+            peer.last_handshake = (!handshake.is_zero())
+                .then(|| SystemTime::UNIX_EPOCH.checked_add(handshake))
+                .flatten();
             self.device.peers.insert(key, peer);
         }
     }
@@ -346,8 +391,8 @@ mod tests {
         thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut request = [0u8; 65536];
-            let _ = stream.read(&mut request).unwrap();
-            let _ = stream.write_all(answer);
+            assert!(stream.read(&mut request).unwrap() > 0);
+            stream.write_all(answer).unwrap_or_default();
         });
         (folder, client)
     }
@@ -365,12 +410,22 @@ mod tests {
     }
 
     #[test]
+    fn a_data_plane_that_ends_while_asked_is_no_device() {
+        let (_folder, client) = server(b"");
+
+        assert!(client.read().unwrap().is_none());
+    }
+
+    #[test]
     fn a_refusal_names_operation_device_and_number() {
         let (_folder, client) = server(b"errno=-98\n\n");
 
         let error = client.write("set listen port 51820", &Update::default()).unwrap_err();
 
-        assert_eq!(error.to_string(), "set listen port 51820 on shroud0: Address already in use (os error 98)");
+        assert_eq!(
+            error.to_string(),
+            "set listen port 51820 on shroud0: Address already in use (os error 98)"
+        );
     }
 
     #[test]
@@ -384,7 +439,6 @@ mod tests {
             b"listen_port=1\n\n",
             b"\xff\xfe=canary\n\n",
             b"canary",
-            b"",
         ] {
             let (_folder, client) = server(answer);
             let error = client.read().unwrap_err();
@@ -398,7 +452,13 @@ mod tests {
         static LONG: [u8; 5000] = [b'a'; 5000];
         let (_folder, client) = server(&LONG);
 
-        assert!(matches!(client.read(), Err(Error::Garbled { what: "a line is too long", .. })));
+        assert!(matches!(
+            client.read(),
+            Err(Error::Garbled {
+                what: "a line is too long",
+                ..
+            })
+        ));
     }
 
     #[test]
@@ -423,7 +483,11 @@ mod tests {
         peer.endpoint = Some("[1234:5678:9abc:def0:1234:5678:9abc:def0]:65535".parse().unwrap());
         peer.keepalive = Some(u16::MAX);
         peer.allowed_ips = (0u8..100)
-            .map(|n| format!("1234:5678:9abc:def0:1234:5678:9abc:de{n:02x}/128").parse().unwrap())
+            .map(|n| {
+                format!("1234:5678:9abc:def0:1234:5678:9abc:de{n:02x}/128")
+                    .parse()
+                    .unwrap()
+            })
             .collect();
         let update = Update {
             private_key: Some(&key),
@@ -455,7 +519,10 @@ mod tests {
         assert_eq!((device.listen_port, device.mark, device.peers.len()), (51820, 16, 1));
         let peer = &device.peers[&PublicKey::from_bytes([9; 32]).unwrap()];
         assert_eq!(peer.endpoint, Some("[fd00::1]:51820".parse().unwrap()));
-        assert_eq!(peer.last_handshake, Some(SystemTime::UNIX_EPOCH + Duration::new(100, 5)));
+        assert_eq!(
+            peer.last_handshake,
+            Some(SystemTime::UNIX_EPOCH + Duration::new(100, 5))
+        );
         assert_eq!((peer.rx_bytes, peer.tx_bytes, peer.has_preshared_key()), (8, 7, false));
         assert_eq!(peer.keepalive, Some(Duration::from_secs(25)));
         let ranges: Vec<String> = peer.allowed_ips.iter().map(Prefix::to_string).collect();

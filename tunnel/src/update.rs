@@ -41,6 +41,13 @@ pub(crate) enum Presence {
 impl PeerUpdate<'_> {
     /// Says nothing yet about the peer.
     pub(crate) fn new(public_key: PublicKey, presence: Presence) -> Self {
-        Self { public_key, presence, preshared_key: None, endpoint: None, keepalive: None, allowed_ips: BTreeSet::new() }
+        Self {
+            public_key,
+            presence,
+            preshared_key: None,
+            endpoint: None,
+            keepalive: None,
+            allowed_ips: BTreeSet::new(),
+        }
     }
 }

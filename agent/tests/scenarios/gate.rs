@@ -20,7 +20,9 @@ fn an_exempt_pod_is_in_the_clear_and_its_neighbour_is_not() -> Result<()> {
     let options = AgentOptions::new(SHROUD).exempt("10.244.1.11/32");
     let mesh = Mesh::started("exempt", 2, &options)?;
     for agent in &mesh.agents {
-        mesh.eventually("healthy", Duration::from_secs(30), agent, |status| status.verdict == "healthy")?;
+        mesh.eventually("healthy", Duration::from_secs(30), agent, |status| {
+            status.verdict == "healthy"
+        })?;
     }
     let (encrypted, exempt, other) = (mesh.lab.pod("a0"), mesh.lab.pod("a1"), mesh.lab.pod("b0"));
 
@@ -32,20 +34,37 @@ fn an_exempt_pod_is_in_the_clear_and_its_neighbour_is_not() -> Result<()> {
     let back = mesh.send(Protocol::Udp, Family::V4, other, exempt);
     let with_exemption = capture.stop()?;
 
-    ensure!(neighbour.ok() && there.ok() && back.ok(), "{neighbour:?} {there:?} {back:?}");
-    ensure!(without_exemption.plaintext_frames() == 0, "the neighbour is in the clear: {without_exemption:?}");
-    ensure!(with_exemption.plaintext_frames() > 0, "the exempt pod is not in the clear: {with_exemption:?}");
+    ensure!(
+        neighbour.ok() && there.ok() && back.ok(),
+        "{neighbour:?} {there:?} {back:?}"
+    );
+    ensure!(
+        without_exemption.plaintext_frames() == 0,
+        "the neighbour is in the clear: {without_exemption:?}"
+    );
+    ensure!(
+        with_exemption.plaintext_frames() > 0,
+        "the exempt pod is not in the clear: {with_exemption:?}"
+    );
     let gate = mesh.json("a", &["gate"])?;
-    ensure!(packets(&gate, &[("reason", "plain"), ("direction", "egress")]) > 0, "nothing counted as plain: {gate:#}");
+    ensure!(
+        packets(&gate, &[("reason", "plain"), ("direction", "egress")]) > 0,
+        "nothing counted as plain: {gate:#}"
+    );
     let explained = mesh.json("a", &["explain", "10.244.1.11", "10.244.2.10"])?;
-    ensure!(explained["outcome"] == "plain" && explained["because"].to_string().contains("exempts"), "{explained:#}");
+    ensure!(
+        explained["outcome"] == "plain" && explained["because"].to_string().contains("exempts"),
+        "{explained:#}"
+    );
     Ok(())
 }
 
 #[test]
 fn audit_lets_pass_and_counts_what_enforce_drops() -> Result<()> {
     let mesh = Mesh::started("audit", 2, &AgentOptions::new(SHROUD).gate("audit"))?;
-    mesh.eventually("b is met", Duration::from_secs(30), mesh.agent("a"), |status| status.met_all(2).is_ok())?;
+    mesh.eventually("b is met", Duration::from_secs(30), mesh.agent("a"), |status| {
+        status.met_all(2).is_ok()
+    })?;
     let nobody = "10.244.77.7";
 
     let capture = mesh.capture()?;
@@ -53,14 +72,34 @@ fn audit_lets_pass_and_counts_what_enforce_drops() -> Result<()> {
     let encrypted = capture.stop()?;
     mesh.lab.pod("a0").netns.exec("ping", &["-c", "1", "-W", "1", nobody])?;
 
-    ensure!(encrypted.plaintext_frames() == 0, "audit must still encrypt what it can: {encrypted:?}");
+    ensure!(
+        encrypted.plaintext_frames() == 0,
+        "audit must still encrypt what it can: {encrypted:?}"
+    );
     let gate = mesh.json("a", &["gate"])?;
-    ensure!(packets(&gate, &[("verdict", "audit"), ("reason", "unknown-node")]) > 0, "not counted: {gate:#}");
-    ensure!(packets(&gate, &[("verdict", "drop")]) == 0, "audit dropped something: {gate:#}");
-    ensure!(gate["events"].to_string().contains(&format!("-> {nobody}")), "the pair is not named: {gate:#}");
+    ensure!(
+        packets(&gate, &[("verdict", "audit"), ("reason", "unknown-node")]) > 0,
+        "not counted: {gate:#}"
+    );
+    ensure!(
+        packets(&gate, &[("verdict", "drop")]) == 0,
+        "audit dropped something: {gate:#}"
+    );
+    ensure!(
+        gate["events"].to_string().contains(&format!("-> {nobody}")),
+        "the pair is not named: {gate:#}"
+    );
     let status = mesh.agent("a").status()?;
-    ensure!(status.verdict == "degraded" && status.summary.contains("audit"), "{}", status.summary);
-    ensure!(status.raw["gate"]["plaintextBytes"].as_u64() > Some(0), "{:#}", status.raw["gate"]);
+    ensure!(
+        status.verdict == "degraded" && status.summary.contains("audit"),
+        "{}",
+        status.summary
+    );
+    ensure!(
+        status.raw["gate"]["plaintextBytes"].as_u64() > Some(0),
+        "{:#}",
+        status.raw["gate"]
+    );
     Ok(())
 }
 
@@ -82,7 +121,12 @@ fn a_pods_packet_that_arrives_in_the_clear_is_dropped() -> Result<()> {
     ensure!(!outcome.ok(), "it was believed: {outcome:?}");
     ensure!(evidence.plaintext_frames() > 0, "it was never sent: {evidence:?}");
     let gate = mesh.json("a", &["gate"])?;
-    let counted = [("verdict", "drop"), ("reason", "clear-text"), ("direction", "ingress"), ("node", "c")];
+    let counted = [
+        ("verdict", "drop"),
+        ("reason", "clear-text"),
+        ("direction", "ingress"),
+        ("node", "c"),
+    ];
     ensure!(packets(&gate, &counted) > 0, "not counted: {gate:#}");
     Ok(())
 }

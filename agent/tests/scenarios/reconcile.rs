@@ -285,7 +285,11 @@ fn the_gate_works_the_same_through_clsact() -> Result<()> {
         .host
         .netns
         .check("tc", &["filter", "show", "dev", "eth0", "egress"])?;
-    ensure!(shown.contains("shroud"), "no filter of ours: {shown}\n{}", mesh.lab.dump());
+    ensure!(
+        shown.contains("shroud"),
+        "no filter of ours: {shown}\n{}",
+        mesh.lab.dump()
+    );
     let capture = mesh.capture()?;
 
     mesh.all_flows_work("a0", "b0")?;

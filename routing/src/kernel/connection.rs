@@ -32,7 +32,11 @@ impl Connection {
         drop(runtime.spawn(connection));
         drop(guard);
         let names = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-        Ok(Self { runtime, handle, names: names.map_err(|error| Error::Open(error.into()))? })
+        Ok(Self {
+            runtime,
+            handle,
+            names: names.map_err(|error| Error::Open(error.into()))?,
+        })
     }
 
     /// Asks for something and expects it to be done. `flags` beside `NLM_F_REQUEST`.
@@ -41,19 +45,30 @@ impl Connection {
     }
 
     /// Asks about one object.
-    pub(super) fn ask(&mut self, operation: &str, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    pub(super) fn ask(
+        &mut self,
+        operation: &str,
+        request: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         Ok(self.request(operation, request, 0)?.0)
     }
 
     /// Asks for all objects, again if they changed in between: an interrupted listing may lack some and hold others twice.
-    pub(super) fn list(&mut self, operation: &str, request: &RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    pub(super) fn list(
+        &mut self,
+        operation: &str,
+        request: &RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         for _ in 0..ATTEMPTS {
             match self.request(operation, request.clone(), NLM_F_DUMP)? {
                 (answers, Listing::Whole) => return Ok(answers),
                 (_, Listing::Interrupted) => {}
             }
         }
-        Err(Error::Restless { operation: operation.to_owned(), attempts: ATTEMPTS })
+        Err(Error::Restless {
+            operation: operation.to_owned(),
+            attempts: ATTEMPTS,
+        })
     }
 
     /// The index of a device.
@@ -74,7 +89,9 @@ impl Connection {
     ) -> Result<(Vec<RouteNetlinkMessage>, Listing), Error> {
         let mut message = NetlinkMessage::from(request);
         message.header.flags = NLM_F_REQUEST | flags;
-        let closed = || Error::Closed { operation: operation.to_owned() };
+        let closed = || Error::Closed {
+            operation: operation.to_owned(),
+        };
         let Self { runtime, handle, .. } = self;
         runtime.block_on(async {
             let mut stream = handle.request(message).map_err(|_| closed())?;
@@ -100,7 +117,11 @@ impl Connection {
                 }
             }
             let acknowledged = flags & (NLM_F_ACK | NLM_F_DUMP) != 0;
-            if ended && !acknowledged { Err(closed()) } else { Ok((answers, listing)) }
+            if ended && !acknowledged {
+                Err(closed())
+            } else {
+                Ok((answers, listing))
+            }
         })
     }
 }

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+    RouteVia,
 };
 use shroud_model::{Family, Mtu, Prefix};
 
@@ -35,7 +36,9 @@ pub(super) fn of(route: &Route, index: u32) -> Option<RouteMessage> {
         (Family::V4, None) => RouteScope::Link,
         (Family::V4, Some(_)) | (Family::V6, _) => RouteScope::Universe,
     };
-    message.attributes.push(RouteAttribute::Destination(route.destination.address().into()));
+    message
+        .attributes
+        .push(RouteAttribute::Destination(route.destination.address().into()));
     message.attributes.push(RouteAttribute::Oif(index));
     match (inside, route.via) {
         (_, None) => {}
@@ -53,7 +56,9 @@ pub(super) fn of(route: &Route, index: u32) -> Option<RouteMessage> {
         message.attributes.push(RouteAttribute::PrefSource(source.into()));
     }
     if let Some(mtu) = route.mtu {
-        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu.bytes())]));
+        message
+            .attributes
+            .push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu.bytes())]));
     }
     Some(message)
 }
@@ -69,10 +74,12 @@ pub(super) fn address(index: u32, address: IpAddr, length: u8) -> AddressMessage
     message.header.index = index;
     message.attributes.push(AddressAttribute::Local(address));
     message.attributes.push(AddressAttribute::Address(address));
-    message.attributes.push(AddressAttribute::Flags(match Family::of(address) {
-        Family::V4 => AddressFlags::Noprefixroute,
-        Family::V6 => AddressFlags::Noprefixroute | AddressFlags::Nodad,
-    }));
+    message
+        .attributes
+        .push(AddressAttribute::Flags(match Family::of(address) {
+            Family::V4 => AddressFlags::Noprefixroute,
+            Family::V6 => AddressFlags::Noprefixroute | AddressFlags::Nodad,
+        }));
     message
 }
 
@@ -84,7 +91,10 @@ pub(super) fn installed(mut message: RouteMessage, name: impl Fn(u32) -> Option<
     let in_our_slot = in_our_slot(&message);
     // What is left names the route in a deletion: the kernel compares all of it, the protocol too. It takes a next hop object or its
     // next hops, not both.
-    let by_object = message.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::NhId(_)));
+    let by_object = message
+        .attributes
+        .iter()
+        .any(|attribute| matches!(attribute, RouteAttribute::NhId(_)));
     message.attributes.retain(|attribute| match attribute {
         RouteAttribute::Destination(_)
         | RouteAttribute::Priority(_)
@@ -92,11 +102,19 @@ pub(super) fn installed(mut message: RouteMessage, name: impl Fn(u32) -> Option<
         | RouteAttribute::PrefSource(_)
         | RouteAttribute::Metrics(_)
         | RouteAttribute::NhId(_) => true,
-        RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::Oif(_) | RouteAttribute::MultiPath(_) => !by_object,
+        RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::Oif(_) | RouteAttribute::MultiPath(_) => {
+            !by_object
+        }
         _ => false,
     });
     message.header.flags = Default::default();
-    Some(InstalledRoute { destination, route, in_our_slot, shape, message })
+    Some(InstalledRoute {
+        destination,
+        route,
+        in_our_slot,
+        shape,
+        message,
+    })
 }
 
 /// Whether a route sits where ours go: default metric, no type of service, no source prefix.
@@ -129,13 +147,22 @@ fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Opti
                 [RouteMetric::Mtu(bytes)] => mtu = Some(Mtu::new(*bytes).ok()?),
                 _ => return None,
             },
-            RouteAttribute::MultiPath(_) | RouteAttribute::NhId(_) | RouteAttribute::Encap(_) | RouteAttribute::Via(_) => {
+            RouteAttribute::MultiPath(_)
+            | RouteAttribute::NhId(_)
+            | RouteAttribute::Encap(_)
+            | RouteAttribute::Via(_) => {
                 return None;
             }
             _ => {}
         }
     }
-    Some(Route { destination, device: device?, via, source, mtu })
+    Some(Route {
+        destination,
+        device: device?,
+        via,
+        source,
+        mtu,
+    })
 }
 
 /// A route of any shape, in words.
@@ -181,6 +208,14 @@ pub(super) fn table(message: &RouteMessage) -> u32 {
     long.unwrap_or(u32::from(message.header.table))
 }
 
+/// Whether a route has several next hops.
+pub(super) fn is_multipath(message: &RouteMessage) -> bool {
+    message
+        .attributes
+        .iter()
+        .any(|attribute| matches!(attribute, RouteAttribute::MultiPath(_)))
+}
+
 /// The indices of the devices a route leads to.
 pub(super) fn devices(message: &RouteMessage) -> BTreeSet<u32> {
     let of = |attribute: &RouteAttribute| match attribute {
@@ -204,7 +239,13 @@ pub(super) fn hop(message: &RouteMessage, name: impl Fn(u32) -> Option<String>) 
         RouteType::Prohibit => HopKind::Prohibit,
         other => HopKind::Other(u8::from(other)),
     };
-    let mut hop = Hop { device: None, via: None, source: None, kind, mtu: None };
+    let mut hop = Hop {
+        device: None,
+        via: None,
+        source: None,
+        kind,
+        mtu: None,
+    };
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => hop.device = name(*index),

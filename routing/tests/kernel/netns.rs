@@ -12,15 +12,19 @@ use serde_json::Value;
 /// ```text
 /// eth0 172.18.0.1/24 fd18::1/64 ── veth ── peer0        shroud0 (TUN, down)        cni0 (veth, pods)
 /// ```
-pub struct Netns {
+pub(crate) struct Netns {
     name: String,
 }
 
 impl Netns {
     /// Makes the namespace and moves the calling thread, which must be one of the test's own, into it.
-    pub fn enter() -> Self {
+    pub(crate) fn enter() -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("shr-rt-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "shr-rt-{}-{}",
+            std::process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         let netns = Self { name };
         run("ip", &["netns", "add", &netns.name]);
         let file = File::open(format!("/run/netns/{}", netns.name)).unwrap();
@@ -40,27 +44,37 @@ impl Netns {
     }
 
     /// Runs `ip` in here, which must succeed.
-    pub fn ip(&self, arguments: &str) -> String {
+    pub(crate) fn ip(&self, arguments: &str) -> String {
         let mut words = vec!["-n", &self.name];
         words.extend(arguments.split(' '));
         run("ip", &words)
     }
 
     /// Runs `ip -j` in here and reads its answer.
-    pub fn look(&self, arguments: &str) -> Value {
+    pub(crate) fn look(&self, arguments: &str) -> Value {
         let text = self.ip(&format!("-j {arguments}"));
-        if text.trim().is_empty() { Value::Array(Vec::new()) } else { serde_json::from_str(&text).unwrap() }
+        if text.trim().is_empty() {
+            Value::Array(Vec::new())
+        } else {
+            serde_json::from_str(&text).unwrap()
+        }
     }
 
     /// The routes that `ip route` shows for these words, one line each, without the flags that come and go with the carrier.
-    pub fn routes(&self, words: &str) -> Vec<String> {
+    pub(crate) fn routes(&self, words: &str) -> Vec<String> {
         let shown = |family: &str| self.ip(&format!("{family} route show {words}"));
         let lines = format!("{}{}", shown("-4"), shown("-6"));
-        let clean = |line: &str| line.replace(" linkdown", "").replace(" dead", "").replace(" pref medium", "").trim().to_owned();
+        let clean = |line: &str| {
+            line.replace(" linkdown", "")
+                .replace(" dead", "")
+                .replace(" pref medium", "")
+                .trim()
+                .to_owned()
+        };
         lines.lines().map(clean).collect()
     }
 
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 }

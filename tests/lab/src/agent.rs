@@ -117,14 +117,14 @@ pub struct PassStatus {
 }
 
 impl AgentOptions {
-    /// The gate enforces, WireGuard runs in user space.
+    /// The gate enforces, WireGuard runs in user space, or where `$SHROUD_TEST_BACKEND` says.
     pub fn new(shroud: impl Into<PathBuf>) -> AgentOptions {
         AgentOptions {
             shroud: shroud.into(),
             gate: "enforce".into(),
             attach: "auto".into(),
             exempt: String::new(),
-            backend: "userspace".into(),
+            backend: env::var("SHROUD_TEST_BACKEND").unwrap_or_else(|_| "userspace".into()),
             keepalive: "25s".into(),
             extra: String::new(),
             log: "info".into(),

@@ -81,7 +81,7 @@ fn an_agent_that_is_killed_loses_no_connection_and_leaks_nothing() -> Result<()>
         "a is healthy again",
         Duration::from_secs(5),
         mesh.agent("a"),
-        |status| status.verdict == "healthy",
+        |status| mesh.is_healthy(status),
     )?;
 
     mesh.all_flows_work("a1", "b1")?;
@@ -123,7 +123,7 @@ fn a_restarted_agent_changes_nothing() -> Result<()> {
         "a is healthy again",
         Duration::from_secs(5),
         mesh.agent("a"),
-        |status| status.verdict == "healthy",
+        |status| mesh.is_healthy(status),
     )?;
     let changes = &status.raw["pass"]["latestChanges"];
     ensure!(changes == &serde_json::json!([]), "a restart changed {changes}");

@@ -19,11 +19,7 @@ fn packets(gate: &Value, fields: &[(&str, &str)]) -> u64 {
 fn an_exempt_pod_is_in_the_clear_and_its_neighbour_is_not() -> Result<()> {
     let options = AgentOptions::new(SHROUD).exempt("10.244.1.11/32");
     let mesh = Mesh::started("exempt", 2, &options)?;
-    for agent in &mesh.agents {
-        mesh.eventually("healthy", Duration::from_secs(30), agent, |status| {
-            status.verdict == "healthy"
-        })?;
-    }
+    mesh.all_healthy()?;
     let (encrypted, exempt, other) = (mesh.lab.pod("a0"), mesh.lab.pod("a1"), mesh.lab.pod("b0"));
 
     let capture = mesh.capture()?;

@@ -22,18 +22,25 @@ pub(crate) struct Mesh {
 }
 
 impl Mesh {
-    /// Nodes whose agents all say that everything is well.
+    /// Nodes whose agents have all met, and say that everything is well.
     pub(crate) fn healthy(name: &str, nodes: u8) -> Result<Self> {
         let mesh = Self::started(name, nodes, &AgentOptions::new(SHROUD))?;
-        for agent in &mesh.agents {
-            mesh.eventually(
-                &format!("{} is healthy", agent.node().host.name),
-                START,
-                agent,
-                |status| status.verdict == "healthy",
-            )?;
-        }
+        mesh.all_healthy()?;
         Ok(mesh)
+    }
+
+    /// Waits until each agent has met all the others, and says that everything is well.
+    pub(crate) fn all_healthy(&self) -> Result<()> {
+        for agent in &self.agents {
+            let what = format!("{} is healthy", agent.node().host.name);
+            self.eventually(&what, START, agent, |status| self.is_healthy(status))?;
+        }
+        Ok(())
+    }
+
+    /// Whether an agent knows all the others, and says that everything is well. One that knows nobody yet is well, too.
+    pub(crate) fn is_healthy(&self, status: &Status) -> bool {
+        status.verdict == "healthy" && status.peers.len() + 1 == self.agents.len()
     }
 
     /// Nodes whose agents were just started.

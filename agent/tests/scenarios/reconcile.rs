@@ -274,11 +274,7 @@ fn cleanup_removes_all_that_is_ours_and_says_what() -> Result<()> {
 #[test]
 fn the_gate_works_the_same_through_clsact() -> Result<()> {
     let mesh = Mesh::started("clsact", 2, &AgentOptions::new(SHROUD).attach("clsact"))?;
-    for agent in &mesh.agents {
-        mesh.eventually("healthy", Duration::from_secs(30), agent, |status| {
-            status.verdict == "healthy"
-        })?;
-    }
+    mesh.all_healthy()?;
     let shown = mesh
         .lab
         .node("a")

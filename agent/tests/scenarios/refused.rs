@@ -23,11 +23,7 @@ fn refused(name: &str, record: impl Fn(&Mesh) -> serde_json::Value, reason: &str
         .map(|node| Agent::start(node, &AgentOptions::new(SHROUD)))
         .collect::<Result<_>>()?;
     let mesh = Mesh { agents, lab };
-    for agent in &mesh.agents {
-        mesh.eventually("a and b have met", Duration::from_secs(30), agent, |status| {
-            status.verdict == "healthy"
-        })?;
-    }
+    mesh.all_healthy()?;
     let a = &mesh.lab.node("a").host.netns;
     // Another network plugin's routes to c's pods: without the gate they carry the traffic in the clear.
     a.ip("route add 10.244.3.0/24 via 172.18.0.3 dev eth0 proto static")?;

@@ -44,12 +44,7 @@ fn the_private_key_is_found_nowhere_but_in_its_file() -> Result<()> {
         .map(|node| Agent::start(node, &options))
         .collect::<Result<_>>()?;
     let mesh = Mesh { agents, lab };
-    mesh.eventually(
-        "healthy",
-        std::time::Duration::from_secs(30),
-        mesh.agent("a"),
-        |status| status.verdict == "healthy",
-    )?;
+    mesh.all_healthy()?;
     mesh.all_flows_work("a0", "b0")?;
 
     let node = mesh.lab.node("a");

@@ -7,9 +7,13 @@ use std::fmt;
 use std::io;
 use std::mem;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, Link as _, LinkError, LinkOrder, PinnedLink};
-use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
+use aya::programs::tc::{
+    self, NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcAttachType, TcHandle,
+};
 use aya::programs::{ProgramError, SchedClassifier};
 use shroud_gate::Link;
 
@@ -21,6 +25,9 @@ pub(crate) const PREFIX: &str = "shroud_";
 
 /// Ours come first among the filters of a device: a filter before ours could accept a packet that we would have dropped.
 const PRIORITY: u16 = 1;
+
+/// More than the kernel takes to let go of a link without pins.
+const LINK_RELEASE: Duration = Duration::from_millis(500);
 
 /// "SH": the upper half of our filters' handles.
 const HANDLE: u16 = 0x5348;
@@ -136,7 +143,11 @@ impl Place<'_> {
     /// The program behind our pinned tcx link, if the link still holds it to this very device.
     pub(crate) fn tcx_program(&self, pin: &Path) -> Result<Option<u32>, Error> {
         let Some(link) = pinned_link(pin)? else { return Ok(None) };
-        let failed = |source| Error::Link { operation: "look at", path: pin.into(), source };
+        let failed = |source| Error::Link {
+            operation: "look at",
+            path: pin.into(),
+            source,
+        };
         let program = FdLink::from(link).info().map_err(failed)?.program_id();
         let (_, attached) = SchedClassifier::query_tcx(&self.device.name, self.hook.attach_type())
             .map_err(|source| self.failed("look at", Mechanism::Tcx, source))?;
@@ -146,7 +157,10 @@ impl Place<'_> {
     /// The program behind our filter, if the device has it. The device must have a clsact qdisc.
     pub(crate) fn clsact_program(&self) -> Result<Option<u32>, Error> {
         let filters = device::filters(self.device.index, self.hook.side())?;
-        Ok(filters.iter().find(|filter| self.is_ours(filter)).map(|filter| filter.program))
+        Ok(filters
+            .iter()
+            .find(|filter| self.is_ours(filter))
+            .map(|filter| filter.program))
     }
 
     fn is_ours(&self, filter: &Filter) -> bool {
@@ -158,8 +172,11 @@ impl Place<'_> {
         let failed = |source| self.failed("attach to", Mechanism::Tcx, source);
         let is_live = self.tcx_program(pin)?.is_some();
         if let Some(link) = pinned_link(pin)?.filter(|_| is_live) {
-            let link = SchedClassifierLink::try_from(FdLink::from(link))
-                .map_err(|source| Error::Link { operation: "open", path: pin.into(), source })?;
+            let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(|source| Error::Link {
+                operation: "open",
+                path: pin.into(),
+                source,
+            })?;
             let id = program.attach_to_link(link).map_err(failed)?;
             // The pin holds the link from here on.
             drop(program.take_link(id).map_err(failed)?);
@@ -167,12 +184,52 @@ impl Place<'_> {
         }
         // What is left of a device that is gone.
         pin::remove(pin)?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(&self.device.name, self.hook.attach_type(), options).map_err(failed)?;
-        let link = FdLink::try_from(program.take_link(id).map_err(failed)?)
-            .map_err(|source| Error::Link { operation: "take", path: pin.into(), source })?;
-        link.pin(pin).map_err(|source| Error::Pin { path: pin.into(), source })?;
+        let id = self.attach_when_free(program).map_err(failed)?;
+        let link = FdLink::try_from(program.take_link(id).map_err(failed)?).map_err(|source| Error::Link {
+            operation: "take",
+            path: pin.into(),
+            source,
+        })?;
+        link.pin(pin).map_err(|source| Error::Pin {
+            path: pin.into(),
+            source,
+        })?;
         Ok(())
+    }
+
+    /// Removes our pinned tcx link and waits until the kernel has let go of it. Says whether it held a program to this device.
+    pub(crate) fn detach_tcx(&self, pin: &Path) -> Result<bool, Error> {
+        let program = self.tcx_program(pin)?;
+        pin::remove(pin)?;
+        let until = Instant::now() + LINK_RELEASE;
+        while program.is_some_and(|program| self.hangs(program)) && Instant::now() < until {
+            thread::sleep(LINK_RELEASE / 100);
+        }
+        Ok(program.is_some())
+    }
+
+    /// A device that cannot be asked any more has nothing hanging on it.
+    fn hangs(&self, program: u32) -> bool {
+        let attached = SchedClassifier::query_tcx(&self.device.name, self.hook.attach_type());
+        attached.is_ok_and(|(_, attached)| attached.iter().any(|info| info.id() == program))
+    }
+
+    /// Attaches a program before all others.
+    ///
+    /// The kernel lets go of a link some time after its last pin is gone, and until then refuses the same program on the same device.
+    fn attach_when_free(&self, program: &mut SchedClassifier) -> Result<SchedClassifierLinkId, ProgramError> {
+        let until = Instant::now() + LINK_RELEASE;
+        loop {
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            match program.attach_with_options(&self.device.name, self.hook.attach_type(), options) {
+                Err(ProgramError::SyscallError(error))
+                    if error.io_error.kind() == io::ErrorKind::AlreadyExists && Instant::now() < until =>
+                {
+                    thread::sleep(LINK_RELEASE / 100);
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Attaches a program by a filter, or puts it in the place of the one that hangs there.
@@ -181,14 +238,23 @@ impl Place<'_> {
         let name = &self.device.name;
         let has_qdisc = device::with_clsact()?.contains(&self.device.index);
         if !has_qdisc {
-            tc::qdisc_add_clsact(name).map_err(|source| Error::Qdisc { device: name.clone(), source })?;
+            tc::qdisc_add_clsact(name).map_err(|source| Error::Qdisc {
+                device: name.clone(),
+                source,
+            })?;
         }
         let id = if has_qdisc && self.clsact_program()?.is_some() {
             program.attach_to_link(self.filter()?).map_err(failed)?
         } else {
-            let options = NlOptions { priority: PRIORITY, handle: self.hook.handle(), classid: None };
+            let options = NlOptions {
+                priority: PRIORITY,
+                handle: self.hook.handle(),
+                classid: None,
+            };
             let options = TcAttachOptions::Netlink(options);
-            program.attach_with_options(name, self.hook.attach_type(), options).map_err(failed)?
+            program
+                .attach_with_options(name, self.hook.attach_type(), options)
+                .map_err(failed)?
         };
         // Dropping it would detach it.
         mem::forget(program.take_link(id).map_err(failed)?);
@@ -197,7 +263,9 @@ impl Place<'_> {
 
     /// Removes our filter.
     pub(crate) fn detach_clsact(&self) -> Result<(), Error> {
-        self.filter()?.detach().map_err(|source| self.failed("detach from", Mechanism::Clsact, source))
+        self.filter()?
+            .detach()
+            .map_err(|source| self.failed("detach from", Mechanism::Clsact, source))
     }
 
     fn filter(&self) -> Result<SchedClassifierLink, Error> {
@@ -207,7 +275,13 @@ impl Place<'_> {
     }
 
     fn failed(&self, operation: &'static str, mechanism: Mechanism, source: ProgramError) -> Error {
-        Error::Attachment { operation, device: self.device.name.clone(), hook: self.hook, mechanism, source }
+        Error::Attachment {
+            operation,
+            device: self.device.name.clone(),
+            hook: self.hook,
+            mechanism,
+            source,
+        }
     }
 }
 
@@ -215,6 +289,10 @@ fn pinned_link(path: &Path) -> Result<Option<PinnedLink>, Error> {
     match PinnedLink::from_pin(path) {
         Ok(link) => Ok(Some(link)),
         Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Link { operation: "open", path: path.into(), source }),
+        Err(source) => Err(Error::Link {
+            operation: "open",
+            path: path.into(),
+            source,
+        }),
     }
 }

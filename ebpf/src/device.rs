@@ -2,6 +2,11 @@
 //!
 //! aya attaches filters, but cannot say which ones are there.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "netlink has hundreds of messages and attributes, and grows; we read a dozen"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
@@ -42,21 +47,34 @@ pub(crate) enum Side {
 /// All devices of this network namespace, by name.
 pub(crate) fn devices() -> Result<BTreeMap<String, Device>, Error> {
     let mut devices = BTreeMap::new();
-    dump("list devices", RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
-        let RouteNetlinkMessage::NewLink(link) = message else { return };
-        let name = link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name.clone()),
-            _ => None,
-        });
-        let Some(name) = name else { return };
-        let kind = link.header.link_layer_type;
-        let device = Device { name: name.clone(), index: link.header.index, link: before_ip(kind) };
-        devices.insert(name, device);
-    })?;
+    dump(
+        "list devices",
+        RouteNetlinkMessage::GetLink(LinkMessage::default()),
+        |message| {
+            let RouteNetlinkMessage::NewLink(link) = message else {
+                return;
+            };
+            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            });
+            let Some(name) = name else { return };
+            let kind = link.header.link_layer_type;
+            let device = Device {
+                name: name.clone(),
+                index: link.header.index,
+                link: before_ip(kind),
+            };
+            devices.insert(name, device);
+        },
+    )?;
     Ok(devices)
 }
 
-#[expect(clippy::wildcard_enum_match_arm, reason = "the kernel knows 70 link types; those named are the ones we can read")]
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the kernel knows 70 link types; those named are the ones we can read"
+)]
 fn before_ip(kind: LinkLayerType) -> Result<Link, String> {
     match kind {
         LinkLayerType::Ether | LinkLayerType::Loopback => Ok(Link::Ethernet),
@@ -74,13 +92,19 @@ fn before_ip(kind: LinkLayerType) -> Result<Link, String> {
 /// The indices of the devices that have a clsact qdisc.
 pub(crate) fn with_clsact() -> Result<BTreeSet<u32>, Error> {
     let mut indices = BTreeSet::new();
-    dump("list qdiscs", RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()), |message| {
-        let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = message else { return };
-        let is_clsact = |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(kind) if kind == "clsact");
-        if qdisc.attributes.iter().any(is_clsact) {
-            indices.extend(u32::try_from(qdisc.header.index));
-        }
-    })?;
+    dump(
+        "list qdiscs",
+        RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
+        |message| {
+            let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = message else {
+                return;
+            };
+            let is_clsact = |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(kind) if kind == "clsact");
+            if qdisc.attributes.iter().any(is_clsact) {
+                indices.extend(u32::try_from(qdisc.header.index));
+            }
+        },
+    )?;
     Ok(indices)
 }
 
@@ -94,10 +118,16 @@ pub(crate) fn filters(index: u32, side: Side) -> Result<Vec<Filter>, Error> {
     request.header.index = index.cast_signed();
     request.header.parent = TcHandle { major: u16::MAX, minor };
     let mut filters = Vec::new();
-    dump("list filters", RouteNetlinkMessage::GetTrafficFilter(request), |message| {
-        let RouteNetlinkMessage::NewTrafficFilter(filter) = message else { return };
-        filters.extend(bpf_filter(&filter));
-    })?;
+    dump(
+        "list filters",
+        RouteNetlinkMessage::GetTrafficFilter(request),
+        |message| {
+            let RouteNetlinkMessage::NewTrafficFilter(filter) = message else {
+                return;
+            };
+            filters.extend(bpf_filter(&filter));
+        },
+    )?;
     Ok(filters)
 }
 
@@ -116,7 +146,12 @@ fn bpf_filter(message: &TcMessage) -> Option<Filter> {
         }
     }
     let priority = (message.header.info >> 16) as u16;
-    Some(Filter { priority, handle: u32::from(message.header.handle), name: name?, program: program? })
+    Some(Filter {
+        priority,
+        handle: u32::from(message.header.handle),
+        name: name?,
+        program: program?,
+    })
 }
 
 /// Asks for a list and hands each item to `each`.

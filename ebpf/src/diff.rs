@@ -83,30 +83,47 @@ pub enum Change {
 pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
     let mut changes = Vec::new();
     if !observed.missing_pins.is_empty() {
-        changes.push(Change::Pin { missing: observed.missing_pins.clone() });
+        changes.push(Change::Pin {
+            missing: observed.missing_pins.clone(),
+        });
     }
     if observed.table.as_ref() != Some(&desired.table) {
         let old = observed.table.clone().map(Box::new);
-        changes.push(Change::ReplaceTable { old, new: Box::new(desired.table.clone()) });
+        changes.push(Change::ReplaceTable {
+            old,
+            new: Box::new(desired.table.clone()),
+        });
     }
     let wanted = attachments(desired, observed.mechanism);
     for attachment in &wanted {
         let old = observed.attachments.get(attachment).copied();
         if old != Some(Build::Current) {
-            changes.push(Change::Attach { attachment: attachment.clone(), old });
+            changes.push(Change::Attach {
+                attachment: attachment.clone(),
+                old,
+            });
         }
     }
     for attachment in observed.attachments.keys() {
         if !wanted.contains(attachment) {
-            changes.push(Change::Detach { attachment: attachment.clone() });
+            changes.push(Change::Detach {
+                attachment: attachment.clone(),
+            });
         }
     }
     changes
 }
 
 fn attachments(desired: &Desired, mechanism: Mechanism) -> BTreeSet<Attachment> {
-    let place = |device: &String, hook| Attachment { device: device.clone(), hook, mechanism };
-    let uplinks = desired.uplinks.iter().flat_map(|device| [place(device, Hook::Egress), place(device, Hook::Ingress)]);
+    let place = |device: &String, hook| Attachment {
+        device: device.clone(),
+        hook,
+        mechanism,
+    };
+    let uplinks = desired
+        .uplinks
+        .iter()
+        .flat_map(|device| [place(device, Hook::Egress), place(device, Hook::Ingress)]);
     let pods = desired.pod_devices.iter().map(|device| place(device, Hook::Pod));
     uplinks.chain(pods).collect()
 }
@@ -121,7 +138,11 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pin { missing } => {
-                write!(f, "pins {}: missing -> pinned", missing.iter().cloned().collect::<Vec<_>>().join(", "))
+                write!(
+                    f,
+                    "pins {}: missing -> pinned",
+                    missing.iter().cloned().collect::<Vec<_>>().join(", ")
+                )
             }
             Self::ReplaceTable { old: None, new } => write!(f, "gate table: none -> {}", summary(new)),
             Self::ReplaceTable { old: Some(old), new } => {
@@ -129,7 +150,10 @@ impl fmt::Display for Change {
                 differences(f, old, new)
             }
             Self::Attach { attachment, old: None } => write!(f, "gate on {attachment}: none -> attached"),
-            Self::Attach { attachment, old: Some(_) } => write!(f, "gate on {attachment}: another build -> this build"),
+            Self::Attach {
+                attachment,
+                old: Some(_),
+            } => write!(f, "gate on {attachment}: another build -> this build"),
             Self::Detach { attachment } => write!(f, "gate on {attachment}: attached -> none"),
         }
     }

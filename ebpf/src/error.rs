@@ -13,17 +13,33 @@ use thiserror::Error;
 
 use crate::{Hook, Mechanism};
 
+/// A cause with its own causes. What went wrong is usually said by the innermost one ("no such device"), and some of the outer ones keep
+/// it to themselves.
+fn chain(mut error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    while let Some(source) = error.source() {
+        let cause = source.to_string();
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        error = source;
+    }
+    text
+}
+
 /// Why something could not be done to the gate.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The pin directory would not survive this process.
-    #[error("keep the gate under {path}: not on a BPF file system; mount one there (mount -t bpf bpf DIR) or name a pin directory that is on one")]
+    #[error(
+        "keep the gate under {path}: not on a BPF file system; mount one there (mount -t bpf bpf DIR) or name a pin directory that is on one"
+    )]
     NotBpffs {
         /// The pin directory.
         path: PathBuf,
     },
     /// A file or directory on the BPF file system.
-    #[error("{operation} {path}: {source}")]
+    #[error("{operation} {path}: {}", chain(source))]
     Path {
         /// What was attempted.
         operation: &'static str,
@@ -33,7 +49,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The object is refused, most likely by the kernel's verifier, or for want of CAP_BPF and CAP_NET_ADMIN.
-    #[error("load the gate's BPF object: {source}; it needs Linux 6.1 or later, CAP_BPF and CAP_NET_ADMIN")]
+    #[error(
+        "load the gate's BPF object: {}; it needs Linux 6.1 or later, CAP_BPF and CAP_NET_ADMIN",
+        chain(source)
+    )]
     Load {
         /// Why not.
         source: EbpfError,
@@ -45,7 +64,7 @@ pub enum Error {
         name: &'static str,
     },
     /// A program.
-    #[error("{operation} program {name}: {source}")]
+    #[error("{operation} program {name}: {}", chain(source))]
     Program {
         /// What was attempted.
         operation: &'static str,
@@ -55,7 +74,7 @@ pub enum Error {
         source: ProgramError,
     },
     /// A map.
-    #[error("{operation} map {name}: {source}")]
+    #[error("{operation} map {name}: {}", chain(source))]
     Map {
         /// What was attempted.
         operation: &'static str,
@@ -65,7 +84,7 @@ pub enum Error {
         source: MapError,
     },
     /// A pin.
-    #[error("pin {path}: {source}")]
+    #[error("pin {path}: {}", chain(source))]
     Pin {
         /// Where.
         path: PathBuf,
@@ -73,7 +92,7 @@ pub enum Error {
         source: PinError,
     },
     /// A pinned link.
-    #[error("{operation} link {path}: {source}")]
+    #[error("{operation} link {path}: {}", chain(source))]
     Link {
         /// What was attempted.
         operation: &'static str,
@@ -89,7 +108,9 @@ pub enum Error {
         device: String,
     },
     /// The device carries something before the IP header that the gate cannot read.
-    #[error("attach to {device}: the gate reads Ethernet and bare IP, this device has link type {kind}; leave it out of the uplinks")]
+    #[error(
+        "attach to {device}: the gate reads Ethernet and bare IP, this device has link type {kind}; leave it out of the uplinks"
+    )]
     LinkType {
         /// Its name.
         device: String,
@@ -97,7 +118,7 @@ pub enum Error {
         kind: String,
     },
     /// Attaching or detaching.
-    #[error("{operation} {device} {hook} ({mechanism}): {source}")]
+    #[error("{operation} {device} {hook} ({mechanism}): {}", chain(source))]
     Attachment {
         /// What was attempted.
         operation: &'static str,
@@ -111,7 +132,7 @@ pub enum Error {
         source: ProgramError,
     },
     /// The queueing discipline that clsact filters hang on.
-    #[error("add the clsact qdisc to {device}: {source}")]
+    #[error("add the clsact qdisc to {device}: {}", chain(source))]
     Qdisc {
         /// The device.
         device: String,
@@ -119,7 +140,7 @@ pub enum Error {
         source: TcError,
     },
     /// Netlink.
-    #[error("{operation} through netlink: {source}")]
+    #[error("{operation} through netlink: {}", chain(source))]
     Netlink {
         /// What was attempted.
         operation: &'static str,

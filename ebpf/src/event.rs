@@ -57,14 +57,24 @@ type Value = [u8; size_of::<Count>()];
 pub(crate) fn read(map: &PerCpuHashMap<MapData, Key, Value>) -> Result<Vec<Counter>, Error> {
     let mut counters = BTreeMap::new();
     for item in map.iter() {
-        let (key, values) = item.map_err(|source| Error::Map { operation: "read", name: "COUNTERS", source })?;
-        let total = values.iter().map(Count::from_bytes).fold(Count::default(), |sum, count| Count {
-            packets: sum.packets + count.packets,
-            bytes: sum.bytes + count.bytes,
-        });
+        let (key, values) = item.map_err(|source| Error::Map {
+            operation: "read",
+            name: "COUNTERS",
+            source,
+        })?;
+        let total = values
+            .iter()
+            .map(Count::from_bytes)
+            .fold(Count::default(), |sum, count| Count {
+                packets: sum.packets + count.packets,
+                bytes: sum.bytes + count.bytes,
+            });
         counters.insert(CounterKey::from_bytes(&key), total);
     }
-    Ok(counters.into_iter().filter_map(|(key, count)| counter(key, count)).collect())
+    Ok(counters
+        .into_iter()
+        .filter_map(|(key, count)| counter(key, count))
+        .collect())
 }
 
 /// `None` for what a newer build may have counted under a number we do not know.
@@ -84,14 +94,26 @@ fn counter(key: CounterKey, count: Count) -> Option<Counter> {
 pub(crate) fn event(bytes: &[u8]) -> Option<Event> {
     let event = DropEvent::from_bytes(bytes.first_chunk()?);
     let addresses = shroud_gate::Family::from_number(event.family).map(|family| {
-        (ip(&Address { family, bytes: event.source }), ip(&Address { family, bytes: event.destination }))
+        (
+            ip(&Address {
+                family,
+                bytes: event.source,
+            }),
+            ip(&Address {
+                family,
+                bytes: event.destination,
+            }),
+        )
     });
     Some(Event {
         device: event.device,
         direction: Direction::from_number(event.direction)?,
         addresses,
         protocol: event.protocol,
-        ports: (u16::from_be_bytes(event.source_port), u16::from_be_bytes(event.destination_port)),
+        ports: (
+            u16::from_be_bytes(event.source_port),
+            u16::from_be_bytes(event.destination_port),
+        ),
         node: NodeId(event.node),
         reason: Reason::from_number(event.reason)?,
         audited: event.audited != 0,

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aya::EbpfLoader;
 use aya::maps::lpm_trie::Key;
@@ -29,11 +30,20 @@ const EVENTS: &str = "EVENTS";
 const EVENT_BUDGET: &str = "EVENT_BUDGET";
 const MAPS: [&str; 6] = [PREFIXES, SETTINGS, ACTIVE, COUNTERS, EVENTS, EVENT_BUDGET];
 
-const PROGRAMS: [&str; 6] =
-    ["shroud_egress", "shroud_ingress", "shroud_pod", "shroud_l3_out", "shroud_l3_in", "shroud_l3_pod"];
+const PROGRAMS: [&str; 6] = [
+    "shroud_egress",
+    "shroud_ingress",
+    "shroud_pod",
+    "shroud_l3_out",
+    "shroud_l3_in",
+    "shroud_l3_pod",
+];
 
 /// So many events are handed out at once; the rest waits for the next call.
 const EVENTS_AT_ONCE: usize = 4096;
+
+/// How often a load is tried that a signal disturbed, before the signal is taken seriously.
+const LOAD_ATTEMPTS: u32 = 10;
 
 /// Where the gate lives and how it is attached.
 #[derive(Debug, Clone)]
@@ -46,7 +56,10 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { pin_directory: PathBuf::from("/sys/fs/bpf/shroud"), attach: Attach::Auto }
+        Self {
+            pin_directory: PathBuf::from("/sys/fs/bpf/shroud"),
+            attach: Attach::Auto,
+        }
     }
 }
 
@@ -101,7 +114,10 @@ impl Gate {
         Ok(Self {
             mechanism: options.attach.choose(),
             programs,
-            maps: MAPS.into_iter().map(|name| Ok((name, open_map(&pins, name)?))).collect::<Result<_, Error>>()?,
+            maps: MAPS
+                .into_iter()
+                .map(|name| Ok((name, open_map(&pins, name)?)))
+                .collect::<Result<_, Error>>()?,
             prefixes: typed(&pins, PREFIXES, Map::LpmTrie)?,
             settings: typed(&pins, SETTINGS, Map::Array)?,
             active: typed(&pins, ACTIVE, Map::Array)?,
@@ -160,7 +176,9 @@ impl Gate {
     /// encrypted and nothing is dropped.
     pub fn remove(options: &Options) -> Removed {
         let mut removed = Removed::default();
-        removed.filters();
+        let devices = removed.kept(device::devices()).unwrap_or_default();
+        removed.filters(&devices);
+        removed.links(&options.pin_directory, &devices);
         removed.pins(&options.pin_directory);
         removed
     }
@@ -173,7 +191,11 @@ impl Gate {
                 let place = Place { device, hook };
                 let mut add = |mechanism, program: Option<u32>| {
                     let Some(id) = program else { return };
-                    let attachment = Attachment { device: device.name.clone(), hook, mechanism };
+                    let attachment = Attachment {
+                        device: device.name.clone(),
+                        hook,
+                        mechanism,
+                    };
                     found.insert(attachment, self.build_of(id, device, hook));
                 };
                 add(Mechanism::Tcx, place.tcx_program(&self.pins.link(device.index, hook))?);
@@ -195,12 +217,14 @@ impl Gate {
 
     fn attach(&mut self, attachment: &Attachment) -> Result<(), Error> {
         let Some(device) = device::devices()?.remove(&attachment.device) else {
-            return Err(Error::NoDevice { device: attachment.device.clone() });
+            return Err(Error::NoDevice {
+                device: attachment.device.clone(),
+            });
         };
-        let link = device
-            .link
-            .clone()
-            .map_err(|kind| Error::LinkType { device: attachment.device.clone(), kind })?;
+        let link = device.link.clone().map_err(|kind| Error::LinkType {
+            device: attachment.device.clone(),
+            kind,
+        })?;
         let hook = attachment.hook;
         let name = hook.program(link);
         let program = self.programs.get_mut(name).ok_or(Error::Object { name })?;
@@ -216,16 +240,26 @@ impl Gate {
 
     fn detach(&mut self, attachment: &Attachment) -> Result<(), Error> {
         // With the device goes whatever hung on it.
-        let Some(device) = device::devices()?.remove(&attachment.device) else { return Ok(()) };
+        let Some(device) = device::devices()?.remove(&attachment.device) else {
+            return Ok(());
+        };
+        let place = Place {
+            device: &device,
+            hook: attachment.hook,
+        };
         match attachment.mechanism {
-            Mechanism::Tcx => pin::remove(&self.pins.link(device.index, attachment.hook)).map(drop),
-            Mechanism::Clsact => Place { device: &device, hook: attachment.hook }.detach_clsact(),
+            Mechanism::Tcx => place
+                .detach_tcx(&self.pins.link(device.index, attachment.hook))
+                .map(drop),
+            Mechanism::Clsact => place.detach_clsact(),
         }
     }
 
     fn missing_pins(&self) -> BTreeSet<String> {
         let maps = MAPS.into_iter().filter(|name| !self.pins.map(name).exists());
-        let programs = PROGRAMS.into_iter().filter(|name| !self.pins.program(&self.build, name).exists());
+        let programs = PROGRAMS
+            .into_iter()
+            .filter(|name| !self.pins.program(&self.build, name).exists());
         maps.chain(programs).map(str::to_owned).collect()
     }
 
@@ -237,7 +271,10 @@ impl Gate {
         }
         for (name, program) in self.programs.iter_mut().filter(|(name, _)| missing.contains(**name)) {
             let path = self.pins.program(&self.build, name);
-            program.handle.pin(&path).map_err(|source| Error::Pin { path, source })?;
+            program
+                .handle
+                .pin(&path)
+                .map_err(|source| Error::Pin { path, source })?;
         }
         Ok(())
     }
@@ -251,7 +288,9 @@ impl Gate {
             let (key, entry) = map_error("read", PREFIXES, item)?;
             let (length, key) = (key.prefix_len(), PrefixKey::from_bytes(&key.data()));
             if key.generation == generation {
-                let Some(prefix) = prefix(length, &key) else { return Ok(None) };
+                let Some(prefix) = prefix(length, &key) else {
+                    return Ok(None);
+                };
                 entries.insert(prefix, Entry::from_bytes(&entry));
             }
         }
@@ -263,7 +302,10 @@ impl Gate {
         let next = 1 - self.generation()?;
         let encoded = table.encode()?;
         let stale: Vec<_> = map_error("read", PREFIXES, self.prefixes.keys().collect::<Result<_, _>>())?;
-        for key in stale.iter().filter(|key: &&Key<_>| PrefixKey::from_bytes(&key.data()).generation == next) {
+        for key in stale
+            .iter()
+            .filter(|key: &&Key<_>| PrefixKey::from_bytes(&key.data()).generation == next)
+        {
             map_error("empty", PREFIXES, self.prefixes.remove(key))?;
         }
         for (prefix, entry) in &encoded.entries {
@@ -271,7 +313,11 @@ impl Gate {
             let key = Key::new(PREFIX_KEY_BITS + u32::from(prefix.length()), key.to_bytes());
             map_error("fill", PREFIXES, self.prefixes.insert(&key, entry.to_bytes(), 0))?;
         }
-        map_error("fill", SETTINGS, self.settings.set(u32::from(next), encoded.settings.to_bytes(), 0))?;
+        map_error(
+            "fill",
+            SETTINGS,
+            self.settings.set(u32::from(next), encoded.settings.to_bytes(), 0),
+        )?;
         map_error("switch", ACTIVE, self.active.set(0, u32::from(next), 0))
     }
 
@@ -318,14 +364,31 @@ fn load(pins: &Pins, build: &str) -> Result<Vec<(&'static str, SchedClassifier)>
     for name in PROGRAMS {
         let program = object.program_mut(name).ok_or(Error::Object { name })?;
         let program: &mut SchedClassifier = program_error("find", name, program.try_into())?;
-        program_error("load", name, program.load())?;
+        program_error("load", name, load_undisturbed(program))?;
         let path = pins.program(build, name);
         pin::remove(&path)?;
-        program.pin(&path).map_err(|source| Error::Pin { path: path.clone(), source })?;
-        programs.push((name, program_error("open pinned", name, SchedClassifier::from_pin(&path))?));
+        program.pin(&path).map_err(|source| Error::Pin {
+            path: path.clone(),
+            source,
+        })?;
+        programs.push((
+            name,
+            program_error("open pinned", name, SchedClassifier::from_pin(&path))?,
+        ));
     }
     tracing::info!(build, "loaded the gate's program");
     Ok(programs)
+}
+
+/// The verifier gives up with EAGAIN when a signal comes in; a signal says nothing about the program.
+fn load_undisturbed(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 0..LOAD_ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
+        }
+    }
+    program.load()
 }
 
 /// Other builds live on as long as they are attached; their pins have no more use.
@@ -354,9 +417,13 @@ where
 }
 
 fn prefix(length: u32, key: &PrefixKey) -> Option<Prefix> {
-    let address = ip(&Address { family: Family::from_number(key.family)?, bytes: key.address });
+    let address = ip(&Address {
+        family: Family::from_number(key.family)?,
+        bytes: key.address,
+    });
     let length = u8::try_from(length.checked_sub(PREFIX_KEY_BITS)?).ok()?;
-    Prefix::containing(address, length).filter(|prefix: &Prefix| prefix.address() == address && is_v4_clean(address, key))
+    Prefix::containing(address, length)
+        .filter(|prefix: &Prefix| prefix.address() == address && is_v4_clean(address, key))
 }
 
 /// An IPv4 key has nothing behind its four bytes.
@@ -365,17 +432,26 @@ fn is_v4_clean(address: IpAddr, key: &PrefixKey) -> bool {
 }
 
 fn map_error<T>(operation: &'static str, name: &'static str, result: Result<T, MapError>) -> Result<T, Error> {
-    result.map_err(|source| Error::Map { operation, name, source })
+    result.map_err(|source| Error::Map {
+        operation,
+        name,
+        source,
+    })
 }
 
 fn program_error<T>(operation: &'static str, name: &'static str, result: Result<T, ProgramError>) -> Result<T, Error> {
-    result.map_err(|source| Error::Program { operation, name, source })
+    result.map_err(|source| Error::Program {
+        operation,
+        name,
+        source,
+    })
 }
 
 impl Removed {
-    fn filters(&mut self) {
-        let Some(with_clsact) = self.kept(device::with_clsact()) else { return };
-        let Some(devices) = self.kept(device::devices()) else { return };
+    fn filters(&mut self, devices: &BTreeMap<String, Device>) {
+        let Some(with_clsact) = self.kept(device::with_clsact()) else {
+            return;
+        };
         for device in devices.values().filter(|device| with_clsact.contains(&device.index)) {
             for hook in Hook::ALL {
                 let place = Place { device, hook };
@@ -388,21 +464,34 @@ impl Removed {
         }
     }
 
-    /// Links go first, so that no program runs whose maps are half gone.
-    fn pins(&mut self, directory: &std::path::Path) {
-        let layouts = self.kept(pin::list(directory)).unwrap_or_default();
-        for layout in &layouts {
-            for link in self.kept(pin::list(&layout.join("links"))).unwrap_or_default() {
-                if self.kept(pin::remove(&link)).is_some() {
-                    self.removed.push(format!("link {}", link.display()));
+    fn links(&mut self, directory: &Path, devices: &BTreeMap<String, Device>) {
+        for pins in self
+            .kept(pin::list(directory))
+            .unwrap_or_default()
+            .into_iter()
+            .map(Pins::of_layout)
+        {
+            for device in devices.values() {
+                for hook in Hook::ALL {
+                    let place = Place { device, hook };
+                    if let Some(true) = self.kept(place.detach_tcx(&pins.link(device.index, hook))) {
+                        self.removed.push(format!("link on {} {hook}", device.name));
+                    }
                 }
             }
         }
+    }
+
+    fn pins(&mut self, directory: &Path) {
         if !directory.exists() {
             return;
         }
         let result = fs::remove_dir_all(directory);
-        let result = result.map_err(|source| Error::Path { operation: "remove", path: directory.into(), source });
+        let result = result.map_err(|source| Error::Path {
+            operation: "remove",
+            path: directory.into(),
+            source,
+        });
         if self.kept(result).is_some() {
             self.removed.push(format!("pins {}", directory.display()));
         }

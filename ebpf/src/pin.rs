@@ -31,7 +31,14 @@ pub(crate) struct Pins {
 
 impl Pins {
     pub(crate) fn new(directory: &Path) -> Self {
-        Self { root: directory.join(format!("v{LAYOUT_VERSION}")) }
+        Self {
+            root: directory.join(format!("v{LAYOUT_VERSION}")),
+        }
+    }
+
+    /// Of whatever layout version lies at this path.
+    pub(crate) fn of_layout(root: PathBuf) -> Self {
+        Self { root }
     }
 
     pub(crate) fn map(&self, name: &str) -> PathBuf {
@@ -60,7 +67,9 @@ impl Pins {
             mount(Path::new(BPFFS))?;
         }
         if !is_bpffs(&self.root)? {
-            return Err(Error::NotBpffs { path: self.root.clone() });
+            return Err(Error::NotBpffs {
+                path: self.root.clone(),
+            });
         }
         for directory in [self.root.join("maps"), self.programs().join(build), self.links()] {
             fs::create_dir_all(&directory).map_err(|source| Error::Path {
@@ -77,10 +86,14 @@ impl Pins {
 fn is_bpffs(path: &Path) -> Result<bool, Error> {
     for directory in path.ancestors() {
         match rustix::fs::statfs(directory) {
-            Ok(found) => return Ok(i64::from(found.f_type) == BPF_FS_MAGIC),
+            Ok(found) => return Ok(found.f_type == BPF_FS_MAGIC),
             Err(rustix::io::Errno::NOENT) => {}
             Err(error) => {
-                return Err(Error::Path { operation: "look at", path: directory.into(), source: error.into() });
+                return Err(Error::Path {
+                    operation: "look at",
+                    path: directory.into(),
+                    source: error.into(),
+                });
             }
         }
     }
@@ -100,7 +113,11 @@ fn mount(path: &Path) -> Result<(), Error> {
 
 /// The names in a directory; none if it is not there.
 pub(crate) fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
-    let failed = |source| Error::Path { operation: "list", path: directory.into(), source };
+    let failed = |source| Error::Path {
+        operation: "list",
+        path: directory.into(),
+        source,
+    };
     match fs::read_dir(directory) {
         Ok(entries) => entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -113,6 +130,10 @@ pub(crate) fn remove(path: &Path) -> Result<bool, Error> {
     match fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(source) => Err(Error::Path { operation: "remove", path: path.into(), source }),
+        Err(source) => Err(Error::Path {
+            operation: "remove",
+            path: path.into(),
+            source,
+        }),
     }
 }

@@ -98,22 +98,39 @@ impl Table {
             vxlan_ports: encode_ports("VXLAN", &self.vxlan_ports)?,
             geneve_ports: encode_ports("Geneve", &self.geneve_ports)?,
         };
-        let prefixes: BTreeSet<Prefix> =
-            self.protected.iter().chain(self.owners.keys()).chain(&self.exempt).copied().collect();
-        let entries = prefixes.into_iter().map(|prefix| (prefix, self.entry(prefix))).collect();
+        let prefixes: BTreeSet<Prefix> = self
+            .protected
+            .iter()
+            .chain(self.owners.keys())
+            .chain(&self.exempt)
+            .copied()
+            .collect();
+        let entries = prefixes
+            .into_iter()
+            .map(|prefix| (prefix, self.entry(prefix)))
+            .collect();
         Ok(Encoded { settings, entries })
     }
 
     /// All that holds for a prefix, with what it inherits from shorter ones.
     fn entry(&self, prefix: Prefix) -> Entry {
         let flags = [
-            (flag::PROTECTED, covering(prefix).any(|shorter| self.protected.contains(&shorter))),
-            (flag::EXEMPT, covering(prefix).any(|shorter| self.exempt.contains(&shorter))),
+            (
+                flag::PROTECTED,
+                covering(prefix).any(|shorter| self.protected.contains(&shorter)),
+            ),
+            (
+                flag::EXEMPT,
+                covering(prefix).any(|shorter| self.exempt.contains(&shorter)),
+            ),
             (flag::DECLARED_PROTECTED, self.protected.contains(&prefix)),
             (flag::DECLARED_EXEMPT, self.exempt.contains(&prefix)),
             (flag::DECLARED_OWNER, self.owners.contains_key(&prefix)),
         ];
-        let flags = flags.into_iter().filter(|(_, holds)| *holds).fold(0, |flags, (bit, _)| flags | bit);
+        let flags = flags
+            .into_iter()
+            .filter(|(_, holds)| *holds)
+            .fold(0, |flags, (bit, _)| flags | bit);
         let owner = covering(prefix).find_map(|shorter| self.owners.get(&shorter));
         let path = match owner.map(|owner| owner.path) {
             None => PATH_NONE,
@@ -121,14 +138,26 @@ impl Table {
             Some(Path::Encrypted) => PATH_ENCRYPTED,
             Some(Path::Fenced) => PATH_FENCED,
         };
-        Entry { node: owner.map_or(0, |owner| owner.node.0), path, flags, reserved: [0; 6] }
+        Entry {
+            node: owner.map_or(0, |owner| owner.node.0),
+            path,
+            flags,
+            reserved: [0; 6],
+        }
     }
 }
 
 impl Encoded {
     /// Translates back; `None` if this is not, byte for byte, what a table becomes.
     pub(crate) fn decode(&self) -> Option<Table> {
-        let Settings { version: LAYOUT_VERSION, mode, .. } = self.settings else { return None };
+        let Settings {
+            version: LAYOUT_VERSION,
+            mode,
+            ..
+        } = self.settings
+        else {
+            return None;
+        };
         let declared = |bit| self.entries.iter().filter(move |(_, entry)| entry.flags & bit != 0);
         let mode = match mode {
             MODE_ENFORCE => Mode::Enforce,
@@ -143,10 +172,14 @@ impl Encoded {
                 PATH_FENCED => Path::Fenced,
                 _ => return None,
             };
-            Some(Owner { node: NodeId(entry.node), path })
+            Some(Owner {
+                node: NodeId(entry.node),
+                path,
+            })
         };
-        let owners: Option<BTreeMap<_, _>> =
-            declared(flag::DECLARED_OWNER).map(|(prefix, entry)| Some((*prefix, owner(entry)?))).collect();
+        let owners: Option<BTreeMap<_, _>> = declared(flag::DECLARED_OWNER)
+            .map(|(prefix, entry)| Some((*prefix, owner(entry)?)))
+            .collect();
         let table = Table {
             mode,
             encryption_device: Some(self.settings.encryption_device).filter(|index| *index != 0),
@@ -166,7 +199,11 @@ impl Encoded {
 
 fn encode_ports(overlay: &'static str, ports: &BTreeSet<u16>) -> Result<[[u8; 2]; PORTS], Error> {
     if ports.len() > PORTS || ports.contains(&0) {
-        return Err(Error::Ports { overlay, given: ports.len(), most: PORTS });
+        return Err(Error::Ports {
+            overlay,
+            given: ports.len(),
+            most: PORTS,
+        });
     }
     let mut encoded = [[0; 2]; PORTS];
     for (to, port) in encoded.iter_mut().zip(ports) {
@@ -176,12 +213,18 @@ fn encode_ports(overlay: &'static str, ports: &BTreeSet<u16>) -> Result<[[u8; 2]
 }
 
 fn decode_ports(ports: &[[u8; 2]; PORTS]) -> BTreeSet<u16> {
-    ports.iter().map(|port| u16::from_be_bytes(*port)).filter(|port| *port != 0).collect()
+    ports
+        .iter()
+        .map(|port| u16::from_be_bytes(*port))
+        .filter(|port| *port != 0)
+        .collect()
 }
 
 /// The prefix itself and all shorter ones that contain it, longest first.
 fn covering(prefix: Prefix) -> impl Iterator<Item = Prefix> {
-    (0..=prefix.length()).rev().filter_map(move |length| Prefix::containing(prefix.address(), length))
+    (0..=prefix.length())
+        .rev()
+        .filter_map(move |length| Prefix::containing(prefix.address(), length))
 }
 
 /// A packet as a person would describe it.
@@ -212,11 +255,19 @@ pub fn decide(table: &Table, facts: &Facts) -> Result<Verdict, Error> {
         source: address(facts.source),
         destination: address(facts.destination),
         protocol: facts.protocol,
-        upper: if facts.ports.is_some() { Upper::Ports } else { Upper::Other },
+        upper: if facts.ports.is_some() {
+            Upper::Ports
+        } else {
+            Upper::Other
+        },
         source_port: source_port.to_be_bytes(),
         destination_port: destination_port.to_be_bytes(),
     };
-    let packet = Packet { shape: Shape::Ip, outer, inner: outer };
+    let packet = Packet {
+        shape: Shape::Ip,
+        outer,
+        inner: outer,
+    };
     Ok(match facts.direction {
         Direction::Egress => shroud_gate::egress(&packet, facts.mark, &encoded),
         Direction::Ingress => shroud_gate::ingress(&packet, &encoded),
@@ -286,16 +337,30 @@ mod tests {
         let pod = encoded.entry(&address("10.244.2.9".parse().unwrap()));
 
         let flags = flag::PROTECTED | flag::EXEMPT | flag::DECLARED_EXEMPT;
-        assert_eq!(pod, Entry { node: 2, path: PATH_ENCRYPTED, flags, reserved: [0; 6] });
+        assert_eq!(
+            pod,
+            Entry {
+                node: 2,
+                path: PATH_ENCRYPTED,
+                flags,
+                reserved: [0; 6]
+            }
+        );
     }
 
     #[test]
     fn a_fifth_overlay_port_is_refused() {
-        let table = Table { vxlan_ports: [1, 2, 3, 4, 5].into(), ..table() };
+        let table = Table {
+            vxlan_ports: [1, 2, 3, 4, 5].into(),
+            ..table()
+        };
 
         let error = table.encode().unwrap_err();
 
-        assert_eq!(error.to_string(), "put 5 VXLAN ports into the gate's table: give at most 4, none of them 0");
+        assert_eq!(
+            error.to_string(),
+            "put 5 VXLAN ports into the gate's table: give at most 4, none of them 0"
+        );
     }
 
     #[test]
@@ -352,9 +417,27 @@ mod tests {
             plain_mark: Mark::new(0x20, 0x30).unwrap(),
             protected: ["10.244.0.0/16", "fd00:10:244::/48"].map(prefix).into(),
             owners: [
-                (prefix("10.244.1.0/24"), Owner { node: NodeId(1), path: Path::Local }),
-                (prefix("10.244.2.0/24"), Owner { node: NodeId(2), path: Path::Encrypted }),
-                (prefix("10.244.3.0/24"), Owner { node: NodeId(3), path: Path::Fenced }),
+                (
+                    prefix("10.244.1.0/24"),
+                    Owner {
+                        node: NodeId(1),
+                        path: Path::Local,
+                    },
+                ),
+                (
+                    prefix("10.244.2.0/24"),
+                    Owner {
+                        node: NodeId(2),
+                        path: Path::Encrypted,
+                    },
+                ),
+                (
+                    prefix("10.244.3.0/24"),
+                    Owner {
+                        node: NodeId(3),
+                        path: Path::Fenced,
+                    },
+                ),
             ]
             .into(),
             exempt: [prefix("10.244.2.9/32")].into(),

@@ -117,7 +117,12 @@ pub struct Verdict {
 impl Verdict {
     #[inline(always)]
     fn pass(reason: Reason, node: u64) -> Self {
-        Self { action: Action::Pass, reason, node, audited: false }
+        Self {
+            action: Action::Pass,
+            reason,
+            node,
+            audited: false,
+        }
     }
 
     /// A drop, as far as the mode allows it.
@@ -127,9 +132,19 @@ impl Verdict {
             return Self::pass(Reason::Off, node);
         }
         if settings.mode == MODE_AUDIT {
-            return Self { action: Action::Pass, reason, node, audited: true };
+            return Self {
+                action: Action::Pass,
+                reason,
+                node,
+                audited: true,
+            };
         }
-        Self { action: Action::Drop, reason, node, audited: false }
+        Self {
+            action: Action::Drop,
+            reason,
+            node,
+            audited: false,
+        }
     }
 }
 

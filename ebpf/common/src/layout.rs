@@ -110,7 +110,12 @@ impl PrefixKey {
     /// The key under which an address is looked up.
     #[inline(always)]
     pub fn new(generation: u8, address: &Address) -> Self {
-        Self { generation, family: address.family.number(), reserved: [0; 2], address: address.bytes }
+        Self {
+            generation,
+            family: address.family.number(),
+            reserved: [0; 2],
+            address: address.bytes,
+        }
     }
 }
 
@@ -220,7 +225,10 @@ impl Settings {
         for (to, word) in numbers.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *to = word.to_ne_bytes();
         }
-        let all = [self.listen_port, self.reserved].into_iter().chain(self.vxlan_ports).chain(self.geneve_ports);
+        let all = [self.listen_port, self.reserved]
+            .into_iter()
+            .chain(self.vxlan_ports)
+            .chain(self.geneve_ports);
         for (to, port) in ports.as_chunks_mut::<2>().0.iter_mut().zip(all) {
             *to = port;
         }
@@ -259,7 +267,12 @@ impl PrefixKey {
 
     /// From what the kernel stores.
     pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
-        Self { generation: bytes[0], family: bytes[1], reserved: part(bytes, 2), address: part(bytes, 4) }
+        Self {
+            generation: bytes[0],
+            family: bytes[1],
+            reserved: part(bytes, 2),
+            address: part(bytes, 4),
+        }
     }
 }
 
@@ -275,7 +288,12 @@ impl Entry {
 
     /// From what the kernel stores.
     pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
-        Self { node: u64::from_ne_bytes(part(bytes, 0)), path: bytes[8], flags: bytes[9], reserved: part(bytes, 10) }
+        Self {
+            node: u64::from_ne_bytes(part(bytes, 0)),
+            path: bytes[8],
+            flags: bytes[9],
+            reserved: part(bytes, 10),
+        }
     }
 }
 
@@ -296,7 +314,10 @@ impl CounterKey {
 impl Count {
     /// From what the kernel stores.
     pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
-        Self { packets: u64::from_ne_bytes(part(bytes, 0)), bytes: u64::from_ne_bytes(part(bytes, 8)) }
+        Self {
+            packets: u64::from_ne_bytes(part(bytes, 0)),
+            bytes: u64::from_ne_bytes(part(bytes, 8)),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ mod packet;
 
 pub use decide::{Action, Lookup, Reason, Verdict, egress, ingress, pod_mark};
 pub use layout::{
-    Count, CounterKey, DropEvent, Entry, LAYOUT_VERSION, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, PATH_ENCRYPTED, PATH_FENCED,
-    PATH_LOCAL, PATH_NONE, PORTS, PREFIX_KEY_BITS, PrefixKey, Settings, flag,
+    Count, CounterKey, DropEvent, Entry, LAYOUT_VERSION, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, PATH_ENCRYPTED,
+    PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, PREFIX_KEY_BITS, PrefixKey, Settings, flag,
 };
-pub use packet::{Address, Bytes, Direction, Family, Flow, LONGEST_READ, Link, Packet, Shape, Upper};
+pub use packet::{Address, Bytes, Direction, Family, Flow, LONGEST_READ, Link, Packet, Shape, Upper, ip};

@@ -38,6 +38,17 @@ pub const LONGEST_READ: usize = 20;
 pub trait Bytes {
     /// `N` bytes (at most [`LONGEST_READ`]) that begin at `offset`; `None` if the packet ends before.
     fn read<const N: usize>(&mut self, offset: usize) -> Option<&[u8; N]>;
+
+    /// Reads an IP header into `flow` and says where what follows begins; `None` if it is not a whole header.
+    ///
+    /// A method, so that the BPF program can put one function of its own in the place of a copy for each use.
+    #[inline(always)]
+    fn read_ip(&mut self, family: Family, offset: usize, flow: &mut Flow) -> Option<NonZeroUsize>
+    where
+        Self: Sized,
+    {
+        ip(self, family, offset, flow)
+    }
 }
 
 impl Bytes for &[u8] {
@@ -87,19 +98,28 @@ pub struct Address {
 }
 
 impl Address {
-    const ZERO: Self = Self { family: Family::V4, bytes: [0; 16] };
+    const ZERO: Self = Self {
+        family: Family::V4,
+        bytes: [0; 16],
+    };
 
     /// An IPv4 address.
     #[inline(always)]
     pub fn v4(bytes: [u8; 4]) -> Self {
         // Widening the number keeps its bytes first and fills up with zeroes, in two stores.
-        Self { family: Family::V4, bytes: u128::from(u32::from_le_bytes(bytes)).to_le_bytes() }
+        Self {
+            family: Family::V4,
+            bytes: u128::from(u32::from_le_bytes(bytes)).to_le_bytes(),
+        }
     }
 
     /// An IPv6 address.
     #[inline(always)]
     pub fn v6(bytes: [u8; 16]) -> Self {
-        Self { family: Family::V6, bytes }
+        Self {
+            family: Family::V6,
+            bytes,
+        }
     }
 }
 
@@ -239,7 +259,11 @@ pub struct Packet {
 
 impl Packet {
     /// A packet that is not IP.
-    pub const NOT_IP: Self = Self { shape: Shape::NotIp, outer: Flow::UNKNOWN, inner: Flow::UNKNOWN };
+    pub const NOT_IP: Self = Self {
+        shape: Shape::NotIp,
+        outer: Flow::UNKNOWN,
+        inner: Flow::UNKNOWN,
+    };
 
     /// Reads a packet.
     #[inline(always)]
@@ -276,7 +300,9 @@ impl Packet {
             Network::NotIp => return Shape::NotIp,
             Network::Unreadable => return Shape::Unreadable,
         };
-        let Some(payload) = ip(bytes, family, offset, &mut self.outer) else { return Shape::Unreadable };
+        let Some(payload) = bytes.read_ip(family, offset, &mut self.outer) else {
+            return Shape::Unreadable;
+        };
         let payload = self.outer.read_upper(bytes, payload.get());
         if !self.outer.is_udp() {
             return Shape::Ip;
@@ -294,7 +320,7 @@ impl Packet {
             Network::NotIp => return Shape::OverlayOfNotIp,
             Network::Unreadable => return Shape::OverlayOfUnreadable,
         };
-        match ip(bytes, family, offset, &mut self.inner) {
+        match bytes.read_ip(family, offset, &mut self.inner) {
             // No decision asks for the inner ports. Those that are not behind extension headers are there for people.
             Some(payload) => self.inner.read_ports(bytes, payload.get()),
             None => return Shape::OverlayOfUnreadable,
@@ -317,7 +343,9 @@ enum Network {
 fn ethernet<B: Bytes>(bytes: &mut B, start: usize) -> Network {
     let mut offset = start + 12;
     for _ in 0..=VLAN_TAGS {
-        let Some(&ethertype) = bytes.read::<2>(offset) else { return Network::Unreadable };
+        let Some(&ethertype) = bytes.read::<2>(offset) else {
+            return Network::Unreadable;
+        };
         let ethertype = u16::from_be_bytes(ethertype);
         if ethertype == ETHERTYPE_IPV4 {
             return Network::Ip(Family::V4, offset + 2);
@@ -353,7 +381,9 @@ fn vxlan<B: Bytes>(bytes: &mut B, offset: usize) -> Network {
 /// Geneve: eight bytes, options, then what the protocol type says (RFC 8926 §3.4).
 #[inline(always)]
 fn geneve<B: Bytes>(bytes: &mut B, offset: usize) -> Network {
-    let Some(&[options, _, high, low]) = bytes.read::<4>(offset) else { return Network::Unreadable };
+    let Some(&[options, _, high, low]) = bytes.read::<4>(offset) else {
+        return Network::Unreadable;
+    };
     let start = offset + 8 + usize::from(options & 0x3f) * 4;
     match u16::from_be_bytes([high, low]) {
         ETHERTYPE_BRIDGED => ethernet(bytes, start),
@@ -363,11 +393,9 @@ fn geneve<B: Bytes>(bytes: &mut B, offset: usize) -> Network {
     }
 }
 
-/// Reads an IP header into `flow` and says where its payload begins; `None` if it is not a whole header.
-///
-/// Never inlined, and with an answer that fits a register, because the BPF program has to share this code between outer and inner header.
-#[inline(never)]
-fn ip<B: Bytes>(bytes: &mut B, family: Family, offset: usize, flow: &mut Flow) -> Option<NonZeroUsize> {
+/// Reads an IP header into `flow` and says where what follows begins; `None` if it is not a whole header.
+#[inline(always)]
+pub fn ip<B: Bytes>(bytes: &mut B, family: Family, offset: usize, flow: &mut Flow) -> Option<NonZeroUsize> {
     match family {
         Family::V4 => ipv4(bytes, offset, flow),
         Family::V6 => ipv6(bytes, offset, flow),
@@ -404,7 +432,10 @@ fn ipv6<B: Bytes>(bytes: &mut B, offset: usize, flow: &mut Flow) -> Option<NonZe
 
 #[inline(always)]
 fn is_extension(protocol: u8) -> bool {
-    matches!(protocol, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS)
+    matches!(
+        protocol,
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS
+    )
 }
 
 #[inline(always)]

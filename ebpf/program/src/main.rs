@@ -11,6 +11,8 @@
 #![no_std]
 #![no_main]
 
+use core::num::NonZeroUsize;
+
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_skb_load_bytes};
 use aya_ebpf::macros::{classifier, map};
@@ -18,8 +20,8 @@ use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya_ebpf::programs::TcContext;
 use shroud_gate::{
-    Action, Address, Bytes, Count, CounterKey, Direction, DropEvent, Entry, Family, LONGEST_READ, Link, Lookup, PREFIX_KEY_BITS, Packet, PrefixKey,
-    Reason, Settings, Verdict,
+    Action, Address, Bytes, Count, CounterKey, Direction, DropEvent, Entry, Family, Flow, LONGEST_READ, Link, Lookup,
+    PREFIX_KEY_BITS, Packet, PrefixKey, Reason, Settings, Verdict,
 };
 
 /// Both generations of the table; a key begins with its generation.
@@ -90,7 +92,9 @@ pub fn shroud_l3_pod(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn egress(ctx: &TcContext, link: Link) -> i32 {
     // The kernel always finds the one entry of an array; the verifier wants to hear what if not.
-    let Some(table) = Table::active() else { return TC_ACT_SHOT };
+    let Some(table) = Table::active() else {
+        return TC_ACT_SHOT;
+    };
     let mut packet = Packet::NOT_IP;
     read(ctx, link, table.settings, &mut packet);
     let verdict = shroud_gate::egress(&packet, mark(ctx), &table);
@@ -99,7 +103,9 @@ fn egress(ctx: &TcContext, link: Link) -> i32 {
 
 #[inline(always)]
 fn ingress(ctx: &TcContext, link: Link) -> i32 {
-    let Some(table) = Table::active() else { return TC_ACT_SHOT };
+    let Some(table) = Table::active() else {
+        return TC_ACT_SHOT;
+    };
     let mut packet = Packet::NOT_IP;
     read(ctx, link, table.settings, &mut packet);
     let verdict = shroud_gate::ingress(&packet, &table);
@@ -108,7 +114,9 @@ fn ingress(ctx: &TcContext, link: Link) -> i32 {
 
 #[inline(always)]
 fn pod(ctx: &TcContext, link: Link) -> i32 {
-    let Some(table) = Table::active() else { return TC_ACT_UNSPEC };
+    let Some(table) = Table::active() else {
+        return TC_ACT_UNSPEC;
+    };
     let mut packet = Packet::NOT_IP;
     read(ctx, link, table.settings, &mut packet);
     let old = mark(ctx);
@@ -120,9 +128,11 @@ fn pod(ctx: &TcContext, link: Link) -> i32 {
 }
 
 // What is not inlined below is so because of the stack: 512 bytes for all, and the optimizer fills them with loose bytes of addresses
-// wherever it can see through a call.
+// wherever it can see through a call. Nor is it mangled: a mangled name contains a hash of the checkout's path, and the object has to be
+// the same everywhere.
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn read(ctx: &TcContext, link: Link, settings: &Settings, packet: &mut Packet) {
     packet.read(&mut Skb::new(ctx), link, settings);
 }
@@ -151,6 +161,7 @@ fn redirect(device: u32) -> i32 {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn count(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verdict) {
     let key = CounterKey {
         node: verdict.node,
@@ -176,6 +187,7 @@ fn count(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verdi
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn report(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verdict) {
     if !afford_an_event() {
         return;
@@ -208,7 +220,9 @@ fn report(ctx: &TcContext, direction: Direction, packet: &Packet, verdict: &Verd
 
 #[inline(always)]
 fn afford_an_event() -> bool {
-    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return false };
+    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else {
+        return false;
+    };
     // SAFETY: the helper takes nothing and gives a number; the map gave us this CPU's value, which nobody else writes while we run.
     unsafe {
         let second = bpf_ktime_get_ns() / 1_000_000_000;
@@ -246,7 +260,10 @@ impl Table {
     fn active() -> Option<Self> {
         let active = *ACTIVE.get(0)? & 1;
         let settings = SETTINGS.get(active)?;
-        Some(Self { generation: active as u8, settings })
+        Some(Self {
+            generation: active as u8,
+            settings,
+        })
     }
 }
 
@@ -265,6 +282,7 @@ impl Lookup for Table {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn find(generation: u8, address: &Address, entry: &mut Entry) {
     let length = match address.family {
         Family::V4 => PREFIX_KEY_BITS + 32,
@@ -284,7 +302,10 @@ struct Skb<'a> {
 impl<'a> Skb<'a> {
     #[inline(always)]
     fn new(ctx: &'a TcContext) -> Self {
-        Self { ctx, buffer: [0; LONGEST_READ] }
+        Self {
+            ctx,
+            buffer: [0; LONGEST_READ],
+        }
     }
 }
 
@@ -294,10 +315,26 @@ impl Bytes for Skb<'_> {
         let bytes = self.buffer.first_chunk_mut::<N>()?;
         // SAFETY: the helper writes N bytes to an array of N, or says that the packet is too short.
         let result = unsafe {
-            bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+            bpf_skb_load_bytes(
+                self.ctx.skb.skb.cast(),
+                offset as u32,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+            )
         };
         (result == 0).then_some(bytes)
     }
+
+    #[inline(always)]
+    fn read_ip(&mut self, family: Family, offset: usize, flow: &mut Flow) -> Option<NonZeroUsize> {
+        read_ip(self, family, offset, flow)
+    }
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn read_ip(skb: &mut Skb<'_>, family: Family, offset: usize, flow: &mut Flow) -> Option<NonZeroUsize> {
+    shroud_gate::ip(skb, family, offset, flow)
 }
 
 /// Apache-2.0 like the rest; no helper we call asks for the GPL.

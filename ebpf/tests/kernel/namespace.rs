@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use rustix::fd::AsFd as _;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use shroud_ebpf::{Attach, Change, Desired, Gate, Options, diff};
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
@@ -29,8 +29,7 @@ impl Namespace {
     }
 
     pub(crate) fn enter(&self) {
-        let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
-        move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        enter(&self.name);
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -41,8 +40,18 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         let status = Command::new("ip").args(["netns", "del", &self.name]).status();
-        assert!(status.is_ok_and(|status| status.success()) || thread::panicking(), "ip netns del {}", self.name);
+        assert!(
+            status.is_ok_and(|status| status.success()) || thread::panicking(),
+            "ip netns del {}",
+            self.name
+        );
     }
+}
+
+/// Moves this thread into a namespace.
+pub(crate) fn enter(name: &str) {
+    let file = File::open(format!("/run/netns/{name}")).unwrap();
+    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
 }
 
 /// A pin directory of a test's own.
@@ -50,19 +59,30 @@ pub(crate) struct PinDirectory(pub(crate) PathBuf);
 
 impl PinDirectory {
     pub(crate) fn new() -> Self {
-        let name = format!("shroud-test-{}-{}", process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "shroud-test-{}-{}",
+            process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         Self(PathBuf::from("/sys/fs/bpf").join(name))
     }
 
     pub(crate) fn options(&self, attach: Attach) -> Options {
-        Options { pin_directory: self.0.clone(), attach }
+        Options {
+            pin_directory: self.0.clone(),
+            attach,
+        }
     }
 }
 
 impl Drop for PinDirectory {
     fn drop(&mut self) {
         let gone = fs::remove_dir_all(&self.0);
-        assert!(gone.is_ok() || !self.0.exists() || thread::panicking(), "remove {}: {gone:?}", self.0.display());
+        assert!(
+            gone.is_ok() || !self.0.exists() || thread::panicking(),
+            "remove {}: {gone:?}",
+            self.0.display()
+        );
     }
 }
 

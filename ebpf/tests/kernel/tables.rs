@@ -7,7 +7,10 @@ use crate::cases::{DEVICE, LISTEN_PORT, MASK, PLAIN, TUNNEL};
 
 /// The table that `cases.rs` draws.
 pub(crate) fn table(mode: Mode) -> Table {
-    let owner = |node, path| Owner { node: NodeId(node), path };
+    let owner = |node, path| Owner {
+        node: NodeId(node),
+        path,
+    };
     Table {
         mode,
         encryption_device: Some(DEVICE),

@@ -6,7 +6,7 @@ use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use shroud_ebpf::{Attach, Change, Direction, Gate, Mode, Reason, Table};
 
 use crate::cases::{Fate, MASK, PLAIN, TUNNEL, cases};
-use crate::namespace::{Namespace, PinDirectory, run};
+use crate::namespace::{Namespace, PinDirectory};
 use crate::packet::{echo, ethernet, frame};
 use crate::tables::table;
 
@@ -40,7 +40,9 @@ fn the_program_does_to_each_packet_what_it_must() {
 
     let mut counted = BTreeMap::new();
     for counter in loaded.gate.counters().unwrap() {
-        *counted.entry((counter.node.0, counter.direction, counter.reason as u8)).or_insert(0) += counter.packets;
+        *counted
+            .entry((counter.node.0, counter.direction, counter.reason as u8))
+            .or_insert(0) += counter.packets;
         assert!(!counter.audited);
         assert!(counter.bytes >= counter.packets * 34, "{counter:?}");
     }
@@ -51,14 +53,27 @@ fn the_program_does_to_each_packet_what_it_must() {
 fn a_drop_is_told_with_who_and_why() {
     let mut loaded = Loaded::new(table(Mode::Enforce));
 
-    loaded.run("shroud_egress", &ethernet(&crate::packet::udp("10.244.1.2", "10.244.3.2", (1000, 2000), b"x")), 0);
+    loaded.run(
+        "shroud_egress",
+        &ethernet(&crate::packet::udp("10.244.1.2", "10.244.3.2", (1000, 2000), b"x")),
+        0,
+    );
     loaded.run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.2.2")), 0);
 
     let told: Vec<_> = loaded
         .gate
         .events()
         .into_iter()
-        .map(|event| (event.addresses, event.protocol, event.ports, event.node.0, event.reason, event.audited))
+        .map(|event| {
+            (
+                event.addresses,
+                event.protocol,
+                event.ports,
+                event.node.0,
+                event.reason,
+                event.audited,
+            )
+        })
         .collect();
     let addresses = Some(("10.244.1.2".parse().unwrap(), "10.244.3.2".parse().unwrap()));
     assert_eq!(told, [(addresses, 17, (1000, 2000), 3, Reason::Fenced, false)]);
@@ -75,7 +90,13 @@ fn a_flood_of_drops_is_not_a_flood_of_events() {
 
     let told = loaded.gate.events().len();
     assert!((100..1000).contains(&told), "{told} events");
-    let counted: u64 = loaded.gate.counters().unwrap().iter().map(|counter| counter.packets).sum();
+    let counted: u64 = loaded
+        .gate
+        .counters()
+        .unwrap()
+        .iter()
+        .map(|counter| counter.packets)
+        .sum();
     assert_eq!(counted, 2000);
 }
 
@@ -84,13 +105,29 @@ fn audit_lets_pass_and_counts_what_enforce_would_drop() {
     let mut loaded = Loaded::new(table(Mode::Audit));
 
     let fenced = loaded.run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.3.2")), 0);
-    let encrypted = loaded.run("shroud_egress", &ethernet(&echo("fd00:10:244:1::2", "fd00:10:244:2::2")), 0);
+    let encrypted = loaded.run(
+        "shroud_egress",
+        &ethernet(&echo("fd00:10:244:1::2", "fd00:10:244:2::2")),
+        0,
+    );
     let incoming = loaded.run("shroud_ingress", &ethernet(&echo("10.244.2.2", "10.244.1.2")), 0);
 
     assert_eq!([fenced.0, encrypted.0, incoming.0], [GO_ON, REDIRECT, GO_ON]);
-    let counted: Vec<_> =
-        loaded.gate.counters().unwrap().iter().map(|counter| (counter.reason, counter.audited, counter.packets)).collect();
-    assert_eq!(counted, [(Reason::Encrypted, false, 1), (Reason::ClearText, true, 1), (Reason::Fenced, true, 1)]);
+    let counted: Vec<_> = loaded
+        .gate
+        .counters()
+        .unwrap()
+        .iter()
+        .map(|counter| (counter.reason, counter.audited, counter.packets))
+        .collect();
+    assert_eq!(
+        counted,
+        [
+            (Reason::Encrypted, false, 1),
+            (Reason::ClearText, true, 1),
+            (Reason::Fenced, true, 1)
+        ]
+    );
 }
 
 #[test]
@@ -98,18 +135,38 @@ fn off_lets_everything_pass() {
     let mut loaded = Loaded::new(table(Mode::Off));
 
     let codes = [
-        loaded.run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.3.2")), 0).0,
-        loaded.run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.2.2")), 0).0,
-        loaded.run("shroud_ingress", &ethernet(&echo("fd00:10:244:2::2", "fd00:10:244:1::2")), 0).0,
+        loaded
+            .run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.3.2")), 0)
+            .0,
+        loaded
+            .run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.2.2")), 0)
+            .0,
+        loaded
+            .run(
+                "shroud_ingress",
+                &ethernet(&echo("fd00:10:244:2::2", "fd00:10:244:1::2")),
+                0,
+            )
+            .0,
     ];
 
     assert_eq!(codes, [GO_ON; 3]);
-    assert!(loaded.gate.counters().unwrap().iter().all(|counter| counter.reason == Reason::Off));
+    assert!(
+        loaded
+            .gate
+            .counters()
+            .unwrap()
+            .iter()
+            .all(|counter| counter.reason == Reason::Off)
+    );
 }
 
 #[test]
 fn without_an_encryption_device_nothing_is_sent() {
-    let mut loaded = Loaded::new(Table { encryption_device: None, ..table(Mode::Enforce) });
+    let mut loaded = Loaded::new(Table {
+        encryption_device: None,
+        ..table(Mode::Enforce)
+    });
 
     let (code, _) = loaded.run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.2.2")), 0);
 
@@ -122,9 +179,18 @@ fn a_pod_device_sets_marks_and_drops_nothing() {
     let mut loaded = Loaded::new(table(Mode::Enforce));
     let mut mark = |packet: Vec<u8>, mark| loaded.run("shroud_pod", &packet, mark);
 
-    assert_eq!(mark(ethernet(&echo("10.244.1.2", "10.244.3.2")), MASK | 0x4000), (GO_ON, 0x4000));
-    assert_eq!(mark(ethernet(&echo("10.244.1.7", "10.244.2.2")), TUNNEL), (GO_ON, PLAIN));
-    assert_eq!(mark(ethernet(&echo("fd00:10:244:1::2", "fd00:10:244:2::2")), PLAIN), (GO_ON, 0));
+    assert_eq!(
+        mark(ethernet(&echo("10.244.1.2", "10.244.3.2")), MASK | 0x4000),
+        (GO_ON, 0x4000)
+    );
+    assert_eq!(
+        mark(ethernet(&echo("10.244.1.7", "10.244.2.2")), TUNNEL),
+        (GO_ON, PLAIN)
+    );
+    assert_eq!(
+        mark(ethernet(&echo("fd00:10:244:1::2", "fd00:10:244:2::2")), PLAIN),
+        (GO_ON, 0)
+    );
     assert_eq!(mark(frame(0x0806, &[0; 28]), TUNNEL), (GO_ON, 0));
 }
 
@@ -134,9 +200,22 @@ fn headerless_devices_have_programs_of_their_own() {
     // BPF_PROG_TEST_RUN gives 14 bytes of Ethernet header to whatever we pass; these programs read from there on as on a bare device.
     let bare = |packet: &[u8]| packet.to_vec();
 
-    assert_eq!(loaded.run("shroud_l3_out", &bare(&echo("10.244.1.2", "10.244.2.2")), 0).0, REDIRECT);
-    assert_eq!(loaded.run("shroud_l3_in", &bare(&echo("fd00:10:244:2::2", "fd00:10:244:1::2")), 0).0, SHOT);
-    assert_eq!(loaded.run("shroud_l3_pod", &bare(&echo("10.244.1.7", "10.244.2.2")), TUNNEL), (GO_ON, PLAIN));
+    assert_eq!(
+        loaded
+            .run("shroud_l3_out", &bare(&echo("10.244.1.2", "10.244.2.2")), 0)
+            .0,
+        REDIRECT
+    );
+    assert_eq!(
+        loaded
+            .run("shroud_l3_in", &bare(&echo("fd00:10:244:2::2", "fd00:10:244:1::2")), 0)
+            .0,
+        SHOT
+    );
+    assert_eq!(
+        loaded.run("shroud_l3_pod", &bare(&echo("10.244.1.7", "10.244.2.2")), TUNNEL),
+        (GO_ON, PLAIN)
+    );
 }
 
 /// The verifier gives up at a million instructions, and older kernels walk more paths than this one.
@@ -144,11 +223,22 @@ fn headerless_devices_have_programs_of_their_own() {
 fn the_verifier_is_far_from_its_limit() {
     let loaded = Loaded::new(table(Mode::Enforce));
 
-    for program in ["shroud_egress", "shroud_ingress", "shroud_pod", "shroud_l3_out", "shroud_l3_in", "shroud_l3_pod"] {
+    for program in [
+        "shroud_egress",
+        "shroud_ingress",
+        "shroud_pod",
+        "shroud_l3_out",
+        "shroud_l3_in",
+        "shroud_l3_pod",
+    ] {
         let program = SchedClassifier::from_pin(loaded.path(program)).unwrap();
         let info = program.info().unwrap();
         let walked = info.verified_instruction_count().unwrap();
-        assert!(walked < 100_000, "{}: {walked} instructions", info.name_as_str().unwrap());
+        assert!(
+            walked < 100_000,
+            "{}: {walked} instructions",
+            info.name_as_str().unwrap()
+        );
     }
 }
 
@@ -173,8 +263,16 @@ impl Loaded {
         let namespace = Namespace::new();
         let pins = PinDirectory::new();
         let mut gate = Gate::open(&pins.options(Attach::Auto)).unwrap_or_else(|error| panic!("{error}"));
-        gate.apply(&Change::ReplaceTable { old: None, new: Box::new(table) }).unwrap();
-        Self { gate, pins, _namespace: namespace }
+        gate.apply(&Change::ReplaceTable {
+            old: None,
+            new: Box::new(table),
+        })
+        .unwrap();
+        Self {
+            gate,
+            pins,
+            _namespace: namespace,
+        }
     }
 
     fn path(&self, program: &str) -> String {
@@ -196,7 +294,9 @@ impl Loaded {
         options.ctx_in = Some(&context);
         options.ctx_out = Some(&mut after);
         let result = program.test_run(options).unwrap();
-        (result.return_value.cast_signed(), u32::from_ne_bytes(after[MARK].try_into().unwrap()))
+        (
+            result.return_value.cast_signed(),
+            u32::from_ne_bytes(after[MARK].try_into().unwrap()),
+        )
     }
 }
-

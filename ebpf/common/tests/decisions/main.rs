@@ -1,6 +1,6 @@
 //! The decisions, on the host. The same packets go through the loaded program in `ebpf/tests/kernel`.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod cases;
 mod packet;
@@ -26,7 +26,12 @@ fn enforce_does_to_each_packet_what_it_must() {
             Fate::Redirect => (Action::Redirect(DEVICE), Reason::Encrypted),
             Fate::Drop(reason) => (Action::Drop, reason),
         };
-        let expected = Verdict { action, reason, node: case.node, audited: false };
+        let expected = Verdict {
+            action,
+            reason,
+            node: case.node,
+            audited: false,
+        };
         assert_eq!(decide(&case, &maps), expected, "{}", case.name);
     }
 }
@@ -41,7 +46,12 @@ fn audit_drops_nothing_but_still_encrypts() {
             Fate::Redirect => (Action::Redirect(DEVICE), Reason::Encrypted, false),
             Fate::Drop(reason) => (Action::Pass, reason, true),
         };
-        let expected = Verdict { action, reason, node: case.node, audited };
+        let expected = Verdict {
+            action,
+            reason,
+            node: case.node,
+            audited,
+        };
         assert_eq!(decide(&case, &maps), expected, "{}", case.name);
     }
 }
@@ -55,7 +65,12 @@ fn off_lets_everything_pass_and_counts_what_is_protected() {
             Fate::Pass(reason) => reason,
             Fate::Redirect | Fate::Drop(_) => Reason::Off,
         };
-        let expected = Verdict { action: Action::Pass, reason, node: case.node, audited: false };
+        let expected = Verdict {
+            action: Action::Pass,
+            reason,
+            node: case.node,
+            audited: false,
+        };
         assert_eq!(decide(&case, &maps), expected, "{}", case.name);
     }
 }
@@ -67,7 +82,15 @@ fn without_an_encryption_device_protected_traffic_is_dropped() {
 
     let verdict = egress(&parse(&ethernet(&echo("10.244.1.2", "10.244.2.2")), &maps), 0, &maps);
 
-    assert_eq!(verdict, Verdict { action: Action::Drop, reason: Reason::NoDevice, node: 2, audited: false });
+    assert_eq!(
+        verdict,
+        Verdict {
+            action: Action::Drop,
+            reason: Reason::NoDevice,
+            node: 2,
+            audited: false
+        }
+    );
 }
 
 #[test]
@@ -77,7 +100,15 @@ fn a_number_nobody_knows_yet_is_read_as_the_safe_one() {
 
     let verdict = egress(&parse(&ethernet(&echo("10.244.1.2", "10.244.2.2")), &maps), 0, &maps);
 
-    assert_eq!(verdict, Verdict { action: Action::Drop, reason: Reason::Fenced, node: 2, audited: false });
+    assert_eq!(
+        verdict,
+        Verdict {
+            action: Action::Drop,
+            reason: Reason::Fenced,
+            node: 2,
+            audited: false
+        }
+    );
 }
 
 #[test]
@@ -85,7 +116,10 @@ fn a_device_without_ethernet_is_read_from_the_first_byte() {
     let maps = Maps::new(MODE_ENFORCE);
     let packet = |bytes: &[u8]| Packet::parse(&mut &bytes[..], Link::Ip, &maps.settings);
 
-    for bytes in [echo("10.244.1.2", "10.244.2.2"), echo("fd00:10:244:1::2", "fd00:10:244:2::2")] {
+    for bytes in [
+        echo("10.244.1.2", "10.244.2.2"),
+        echo("fd00:10:244:1::2", "fd00:10:244:2::2"),
+    ] {
         assert_eq!(egress(&packet(&bytes), 0, &maps).action, Action::Redirect(DEVICE));
     }
     assert_eq!(egress(&packet(&[0x15; 60]), 0, &maps).reason, Reason::NotIp);
@@ -101,7 +135,10 @@ fn a_pod_cannot_mark_its_own_packets() {
     assert_eq!(mark("10.244.1.2", "10.244.2.2", PLAIN), 0);
     assert_eq!(mark("10.244.1.7", "10.244.2.2", 0x4000), 0x4000 | PLAIN);
     assert_eq!(mark("10.244.1.2", "10.244.1.7", TUNNEL), PLAIN);
-    assert_eq!(pod_mark(&parse(&packet::frame(0x0806, &[0; 28]), &maps), MASK | 1, &maps), 1);
+    assert_eq!(
+        pod_mark(&parse(&packet::frame(0x0806, &[0; 28]), &maps), MASK | 1, &maps),
+        1
+    );
 }
 
 #[test]
@@ -117,7 +154,12 @@ fn a_reason_survives_its_number() {
 #[test]
 fn settings_and_entries_survive_their_bytes() {
     let settings = Maps::new(MODE_AUDIT).settings;
-    let entry = Entry { node: 0x0102_0304_0506_0708, path: PATH_FENCED, flags: 31, reserved: [0; 6] };
+    let entry = Entry {
+        node: 0x0102_0304_0506_0708,
+        path: PATH_FENCED,
+        flags: 31,
+        reserved: [0; 6],
+    };
 
     assert_eq!(Settings::from_bytes(&settings.to_bytes()), settings);
     assert_eq!(Entry::from_bytes(&entry.to_bytes()), entry);
@@ -234,7 +276,15 @@ impl Maps {
         ];
         let entries = entries
             .map(|(address, length, node, path, flags)| {
-                ((address.parse().unwrap(), length), Entry { node, path, flags, reserved: [0; 6] })
+                (
+                    (address.parse().unwrap(), length),
+                    Entry {
+                        node,
+                        path,
+                        flags,
+                        reserved: [0; 6],
+                    },
+                )
             })
             .into();
         Self { settings, entries }
@@ -255,7 +305,13 @@ impl Lookup for Maps {
             let whole = usize::from(length / 8);
             family == address.family && bytes[..whole] == address.bytes[..whole]
         };
-        let found = self.entries.iter().filter(|((prefix, length), _)| covers(prefix, *length));
-        found.max_by_key(|((_, length), _)| *length).map(|(_, entry)| *entry).unwrap_or_default()
+        let found = self
+            .entries
+            .iter()
+            .filter(|((prefix, length), _)| covers(prefix, *length));
+        found
+            .max_by_key(|((_, length), _)| *length)
+            .map(|(_, entry)| *entry)
+            .unwrap_or_default()
     }
 }

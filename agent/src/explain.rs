@@ -3,6 +3,7 @@
 //! The route is the kernel's own answer, the gate's verdict comes from the very code that runs in the kernel over the table that lies in
 //! its maps, and the tunnel's peer is the one whose allowed IPs really contain the destination. Nothing is taken from the plan.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::time::SystemTime;
@@ -15,7 +16,6 @@ use shroud_tunnel::Device;
 
 use crate::config::Config;
 use crate::plan::{Surroundings, outgoing};
-use crate::reconcile::attached_at;
 use crate::status::{Explanation, Outcome, Step, VERSION};
 
 /// TCP, by which the kernel's questions are asked (IANA protocol numbers). The gate decides by addresses alone.
@@ -351,6 +351,15 @@ fn why(reason: Reason) -> &'static str {
         Reason::SpoofedSource => "it comes from the underlay with the address of a pod of this node",
         Reason::Malformed => "it says it is IP and cannot be read",
     }
+}
+
+/// The devices on which a program of ours hangs at this place.
+pub(crate) fn attached_at(gate: &shroud_ebpf::Observed, hook: Hook) -> BTreeSet<String> {
+    gate.attachments
+        .keys()
+        .filter(|attachment| attachment.hook == hook)
+        .map(|attachment| attachment.device.clone())
+        .collect()
 }
 
 /// The steps, in the order in which a packet takes them.

@@ -27,6 +27,20 @@ fn chain(mut error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
+/// How many lines of the verifier's log are told: the last instructions, and why they are not allowed.
+const VERIFIER_LINES: usize = 6;
+
+/// Why a program is refused. The verifier tells the whole story, often of thousands of lines; its end is the reason.
+fn refusal(source: &ProgramError) -> String {
+    let ProgramError::LoadError { io_error, verifier_log } = source else {
+        return chain(source);
+    };
+    let log = verifier_log.to_string();
+    let lines: Vec<&str> = log.lines().filter(|line| !line.is_empty()).collect();
+    let end = &lines[lines.len().saturating_sub(VERIFIER_LINES)..];
+    format!("{io_error}; the verifier's last words: {}", end.join(" | "))
+}
+
 /// Why something could not be done to the gate.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -64,7 +78,7 @@ pub enum Error {
         name: &'static str,
     },
     /// A program.
-    #[error("{operation} program {name}: {}", chain(source))]
+    #[error("{operation} program {name}: {}", refusal(source))]
     Program {
         /// What was attempted.
         operation: &'static str,

@@ -15,3 +15,29 @@ mod packet;
 mod tables;
 mod verdicts;
 mod wire;
+
+use shroud_ebpf::Attach;
+
+/// Whether this kernel has tcx (Linux 6.6).
+fn has_tcx() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split('.').map_while(|part| part.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(6))
+}
+
+/// Whether a test that is about tcx alone can run; says so where it cannot.
+fn needs_tcx(test: &str) -> bool {
+    if !has_tcx() {
+        eprintln!("SKIP {test}: this kernel has no tcx (Linux 6.6)");
+    }
+    has_tcx()
+}
+
+/// Every means of attachment that this kernel has.
+fn every_means() -> Vec<Attach> {
+    if has_tcx() {
+        vec![Attach::Tcx, Attach::Clsact]
+    } else {
+        vec![Attach::Clsact]
+    }
+}

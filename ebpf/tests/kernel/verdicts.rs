@@ -219,6 +219,10 @@ fn headerless_devices_have_programs_of_their_own() {
 }
 
 /// The verifier gives up at a million instructions, and older kernels walk more paths than this one.
+/// How many instructions a verifier walks at most (`BPF_COMPLEXITY_LIMIT_INSNS`, include/linux/bpf.h). Older ones walk more paths: 113,454
+/// on 6.1, where 6.18 needs a twentieth.
+const VERIFIER_LIMIT: u32 = 1_000_000;
+
 #[test]
 fn the_verifier_is_far_from_its_limit() {
     let loaded = Loaded::new(table(Mode::Enforce));
@@ -235,7 +239,7 @@ fn the_verifier_is_far_from_its_limit() {
         let info = program.info().unwrap();
         let walked = info.verified_instruction_count().unwrap();
         assert!(
-            walked < 100_000,
+            walked < VERIFIER_LIMIT / 4,
             "{}: {walked} instructions",
             info.name_as_str().unwrap()
         );

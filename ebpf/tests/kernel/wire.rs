@@ -27,7 +27,7 @@ const MARKER: &[u8] = b"cleartext-marker-7f3a";
 
 #[test]
 fn a_protected_packet_arrives_in_the_encryption_device_and_not_on_the_wire() {
-    for attach in [Attach::Tcx, Attach::Clsact] {
+    for attach in crate::every_means() {
         for pod in ["10.244.2.2", "fd00:10:244:2::2"] {
             let mut world = World::new(attach);
             world.reconcile(Mode::Enforce);
@@ -55,7 +55,7 @@ fn a_protected_packet_arrives_in_the_encryption_device_and_not_on_the_wire() {
 /// The twin: the same capture sees the same packet when the gate is off.
 #[test]
 fn with_the_gate_off_the_same_capture_sees_it() {
-    for attach in [Attach::Tcx, Attach::Clsact] {
+    for attach in crate::every_means() {
         for pod in ["10.244.2.2", "fd00:10:244:2::2"] {
             let mut world = World::new(attach);
             world.reconcile(Mode::Off);

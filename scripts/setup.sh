@@ -4,11 +4,12 @@
 #   scripts/setup.sh build     compile Shroud (pinned stable Rust, a C compiler)
 #   scripts/setup.sh demo      the above, and what `make demo` looks through (iproute2, wireguard-tools)
 #   scripts/setup.sh test      the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, bpftool, cargo-deny)
+#   scripts/setup.sh vm        the above, and an emulator with small tools for its guests (qemu, busybox)
 #   scripts/setup.sh ebpf      what rebuilds the gate's BPF object (pinned nightly Rust, LLVM, bpf-linker)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-goal=${1:?usage: scripts/setup.sh build|demo|test|ebpf}
+goal=${1:?usage: scripts/setup.sh build|demo|test|vm|ebpf}
 tools=${SHROUD_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/shroud/tools}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -66,14 +67,20 @@ demo() {
     apt_install iproute2 wireguard-tools
 }
 
+tests() {
+    demo
+    apt_install bpftool iputils-ping nftables procps tcpdump wireguard-go
+    cargo_tool boringtun-cli 0.7.1
+    cargo_tool cargo-deny 0.20.2
+}
+
 case $goal in
     build) build ;;
     demo) demo ;;
-    test)
-        demo
-        apt_install bpftool iputils-ping procps tcpdump wireguard-go
-        cargo_tool boringtun-cli 0.7.1
-        cargo_tool cargo-deny 0.20.2
+    test) tests ;;
+    vm)
+        tests
+        apt_install binutils busybox-static qemu-system-x86 xz-utils
         ;;
     ebpf) ebpf/build.sh --setup ;;
     *) die "unknown goal $goal" ;;

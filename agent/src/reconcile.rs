@@ -339,7 +339,15 @@ impl Reconciler {
         };
         let changes = shroud_tunnel::diff(desired, &observed);
         for change in &changes {
-            let result = self.tunnel.apply(desired, change).map_err(Into::into);
+            let result = self.tunnel.apply(desired, change).map_err(anyhow::Error::from);
+            // A TUN device outlives its process on purpose; a change of backend is the one time when it must make room.
+            let makes_room = matches!(change, shroud_tunnel::Change::RemoveDevice { .. });
+            let result = result.and_then(|()| {
+                if makes_room {
+                    self.kernel.delete_link(&desired.device)?;
+                }
+                Ok(())
+            });
             report.note("tunnel", change, result);
         }
         !changes.is_empty()

@@ -13,6 +13,7 @@
     reason = "tests run the product, and look at the kernel through iproute2 on purpose"
 )]
 
+mod backend;
 mod command_line;
 mod explain;
 mod faults;
@@ -21,3 +22,4 @@ mod mesh;
 mod reconcile;
 mod refused;
 mod secrets;
+mod socket;

@@ -43,6 +43,11 @@ impl Mesh {
         status.verdict == "healthy" && status.peers.len() + 1 == self.agents.len()
     }
 
+    /// Whether the meshes under test encrypt in `shroud wire`, and not in the kernel.
+    pub(crate) fn in_userspace() -> bool {
+        AgentOptions::new(SHROUD).backend == "userspace"
+    }
+
     /// Nodes whose agents were just started.
     pub(crate) fn started(name: &str, nodes: u8, options: &AgentOptions) -> Result<Self> {
         let lab = Topology::new(name).nodes(nodes).pods(2).build()?;

@@ -117,7 +117,7 @@ pub struct PassStatus {
 }
 
 impl AgentOptions {
-    /// The gate enforces, WireGuard runs in user space, or where `$SHROUD_TEST_BACKEND` says.
+    /// The gate enforces; WireGuard runs in user space, or where the environment variable SHROUD_TEST_BACKEND says. or where `$SHROUD_TEST_BACKEND` says.
     pub fn new(shroud: impl Into<PathBuf>) -> AgentOptions {
         AgentOptions {
             shroud: shroud.into(),

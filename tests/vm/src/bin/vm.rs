@@ -1,0 +1,111 @@
+//! `vm`: boots kernels one after the other, runs the suites inside each, and ends with 0 only if every guest said that all was well.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use shroud_vm::build::{self, workspace};
+use shroud_vm::guest::{self, Patience, Report};
+use shroud_vm::image::Image;
+use shroud_vm::kernel::Kernel;
+use shroud_vm::suite::{self, MODULES, PACKAGES, SUITES, Suite};
+
+/// Runs the kernel tests and scenarios on other kernels.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Folder with an unpacked kernel package per name.
+    #[arg(long)]
+    kernels: PathBuf,
+    /// A kernel to boot, e.g. 6.12; may be given more than once.
+    #[arg(long = "kernel", default_values_t = [String::from("6.1"), String::from("6.12")])]
+    names: Vec<String>,
+    /// Every suite, not only the core.
+    #[arg(long)]
+    full: bool,
+    /// Only suites whose name contains this.
+    #[arg(long)]
+    only: Option<String>,
+    /// Only tests whose name contains this.
+    #[arg(long)]
+    test: Option<String>,
+    /// Runs this command line in the guest, and no suite.
+    #[arg(long)]
+    command: Option<String>,
+    /// How many seconds a guest may take.
+    #[arg(long, default_value_t = 1200)]
+    within: u64,
+}
+
+fn main() -> Result<ExitCode> {
+    let options = Options::parse();
+    let built = build::tests(&PACKAGES)?;
+    let mut programs = Vec::new();
+    let wanted = |suite: &&Suite| {
+        (suite.core || options.full)
+            && options
+                .only
+                .as_ref()
+                .is_none_or(|only| suite.name.contains(only.as_str()))
+    };
+    match &options.command {
+        Some(line) => programs.push(suite::command(line)),
+        None => {
+            for suite in SUITES.iter().filter(wanted) {
+                programs.push(suite.program(&built)?);
+            }
+            ensure!(!programs.is_empty(), "no suite has such a name: {:?}", options.only);
+        }
+    }
+    if let Some(test) = &options.test {
+        programs
+            .iter_mut()
+            .for_each(|program| program.arguments.push(test.clone()));
+    }
+
+    let logs = workspace().join("target/vm");
+    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
+    let mut reports = Vec::new();
+    for name in &options.names {
+        let kernel = Kernel::find(&options.kernels.join(name), name)?;
+        let mut image = Image::new()?;
+        for path in &built.programs {
+            image.program(path)?;
+        }
+        for program in programs.iter().filter(|_| options.command.is_none()) {
+            image.program(&program.path)?;
+        }
+        image.file(&workspace().join("docs/shroud.example.yaml"))?;
+        let archive = image.finish(&kernel, &MODULES, &programs)?;
+        let log = logs.join(format!("{name}.log"));
+        println!(
+            "{name}: booting Linux {}, all it says goes to {}",
+            kernel.release,
+            log.display()
+        );
+        let patience = Patience {
+            total: Duration::from_secs(options.within),
+            silence: Duration::from_secs(180),
+        };
+        let report = guest::run(&kernel, &archive, &log, patience)?;
+        let result = log.with_extension("json");
+        let json = serde_json::to_vec_pretty(&report).context("write the report")?;
+        fs::write(&result, json).with_context(|| format!("write {}", result.display()))?;
+        for failure in &report.failures {
+            println!("{name}: {failure}");
+        }
+        reports.push(report);
+    }
+
+    println!();
+    for report in &reports {
+        print!("{}", report.table());
+    }
+    Ok(if reports.iter().all(Report::ok) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,138 @@
+//! Which test binaries run in a guest, and how.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::build::Built;
+use crate::program::Program;
+
+/// Packages whose tests are built.
+pub const PACKAGES: [&str; 5] = [
+    "shroud",
+    "shroud-ebpf",
+    "shroud-routing",
+    "shroud-tunnel",
+    "shroud-wire",
+];
+
+/// Modules that the tests' devices, filters and tunnels need; those they depend on come by themselves.
+pub const MODULES: [&str; 15] = [
+    "bridge",
+    "veth",
+    "tun",
+    "wireguard",
+    "vxlan",
+    "geneve",
+    "sch_ingress",
+    "cls_bpf",
+    "cls_u32",
+    "act_gact",
+    "esp4",
+    "esp6",
+    "xfrm_interface",
+    "8021q",
+    "inet_diag",
+];
+
+/// A test binary and how it is run.
+#[derive(Clone, Copy, Debug)]
+pub struct Suite {
+    /// What reports call it.
+    pub name: &'static str,
+    /// Its source file in the workspace.
+    source: &'static str,
+    /// Arguments of the test harness.
+    arguments: &'static [&'static str],
+    /// Environment variables.
+    environment: &'static [(&'static str, &'static str)],
+    /// Whether it belongs to the short run.
+    pub core: bool,
+    /// How long it may take.
+    seconds: u64,
+}
+
+/// All suites, the cheapest failures first.
+pub const SUITES: [Suite; 5] = [
+    Suite {
+        name: "gate",
+        source: "ebpf/tests/kernel/main.rs",
+        arguments: &["--test-threads=2"],
+        environment: &[],
+        core: true,
+        seconds: 300,
+    },
+    Suite {
+        name: "routing",
+        source: "routing/tests/kernel.rs",
+        arguments: &["--test-threads=2"],
+        environment: &[],
+        core: true,
+        seconds: 120,
+    },
+    Suite {
+        name: "tunnel",
+        source: "tunnel/tests/backend.rs",
+        // What needs Debian's wireguard-go runs on the host alone.
+        arguments: &[
+            "--test-threads=2",
+            "--skip=wireguard_go",
+            "--skip=a_process_that_is_not_provably_ours_is_never_ended",
+        ],
+        environment: &[],
+        core: true,
+        seconds: 120,
+    },
+    Suite {
+        name: "scenarios, kernel WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: &["--test-threads=2", "--skip=wire"],
+        environment: &[("SHROUD_TEST_BACKEND", "kernel")],
+        core: true,
+        seconds: 600,
+    },
+    Suite {
+        name: "scenarios, userspace WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: &["--test-threads=2"],
+        environment: &[("SHROUD_TEST_BACKEND", "userspace")],
+        core: false,
+        seconds: 600,
+    },
+];
+
+impl Suite {
+    /// The program that the guest runs.
+    ///
+    /// # Errors
+    /// When the build did not make it.
+    pub fn program(&self, built: &Built) -> Result<Program> {
+        let artifact = built
+            .tests
+            .get(self.source)
+            .with_context(|| format!("cargo built no test from {}", self.source))?;
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        Ok(Program {
+            name: self.name.to_owned(),
+            path: artifact.path.clone(),
+            arguments: self.arguments.iter().map(|argument| (*argument).to_owned()).collect(),
+            environment: self.environment.iter().map(owned).collect(),
+            folder: artifact.folder.clone(),
+            within: Duration::from_secs(self.seconds),
+        })
+    }
+}
+
+/// A command line as a program, to look around in a guest.
+pub fn command(line: &str) -> Program {
+    Program {
+        name: line.to_owned(),
+        path: PathBuf::from("/bin/sh"),
+        arguments: vec!["-c".into(), line.into()],
+        environment: BTreeMap::new(),
+        folder: Path::new("/root").to_owned(),
+        within: Duration::from_secs(600),
+    }
+}

@@ -5,7 +5,7 @@
 //!   directory  ── Mesh (watch) ──────────────────────> pass: look, plan, gate, tunnel, routing
 //!   monitor    ── Dirty ─────────────────────────────>   │
 //!   server     ── Question ──────────────────────────>   │
-//!   publisher  <───────────── addresses (watch) ─────────┘
+//!   publisher  <───────────── Presence (watch) ──────────┘
 //! ```
 //!
 //! A part that ends ends the agent, with an error; whoever started it starts it again. Ending never touches the kernel: tunnels, routes and
@@ -24,7 +24,7 @@ use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::directory;
-use crate::reconcile::{Reconciler, Wake};
+use crate::reconcile::{Reconciler, Wake, wake};
 use crate::serve::{self, Question};
 
 /// Wake-ups that wait at most. They all mean the same, so one more when it is full changes nothing.
@@ -52,12 +52,12 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (wakes, woken) = sync_channel(WAKES);
     let (mesh_sender, mesh) = watch::channel(directory::unknown(&config));
-    let (address_sender, addresses) = watch::channel(Default::default());
+    let (presence_sender, presence) = watch::channel(None);
     let (question_sender, questions) = mpsc::channel(16);
     let monitor = Monitor::open().context("subscribe to netlink changes")?;
     let listener = serve::bind(&config.socket()).with_context(|| format!("make {}", config.socket().display()))?;
     let directory = directory::Keeper::new(&config, key.public, mesh_sender);
-    let reconciler = Reconciler::open(config, key, mesh, address_sender)?;
+    let reconciler = Reconciler::open(config, key, mesh, presence_sender)?;
 
     let (ended_sender, ended) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new()
@@ -75,7 +75,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
         result = follow(monitor, wakes.clone()) => Err(failed("netlink monitor", result)),
         result = serve::serve(listener, question_sender) => Err(failed("status socket", result.map_err(Into::into))),
         result = pass_on(questions, wakes.clone()) => Err(failed("status questions", result)),
-        result = directory.run(addresses, wakes.clone()) => Err(failed("directory", result)),
+        result = directory.run(presence, wakes.clone()) => Err(failed("directory", result)),
     };
     if let Err(TrySendError::Full(stop)) = wakes.try_send(Wake::Stop) {
         // The thread is reading, so there will be room; if it is not, it has ended and this fails at once.
@@ -94,14 +94,6 @@ fn failed(part: &str, result: anyhow::Result<()>) -> anyhow::Error {
     match result {
         Ok(()) => anyhow!("the {part} ended by itself"),
         Err(error) => error.context(format!("the {part} failed")),
-    }
-}
-
-/// Says "look again"; when the queue is full, somebody has said so already.
-pub(crate) fn wake(wakes: &SyncSender<Wake>) -> anyhow::Result<()> {
-    match wakes.try_send(Wake::Dirty) {
-        Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
-        Err(TrySendError::Disconnected(_)) => Err(anyhow!("the reconcile thread is gone")),
     }
 }
 

@@ -3,8 +3,7 @@
 //! The last good directory is on disk, so that a restarted agent knows its peers at once. What the source says afterwards counts; when it
 //! says nothing, nothing changes.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::sync::mpsc::SyncSender;
 
@@ -17,8 +16,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::daemon::wake;
-use crate::reconcile::{Mesh, Wake};
+use crate::reconcile::{Mesh, Presence, Wake, wake};
 use crate::status::DirectoryStatus;
 
 /// The directory, its source, and where its snapshots go.
@@ -89,22 +87,23 @@ impl Keeper {
         keeper
     }
 
-    /// Follows the source, and publishes this node's record whenever its addresses change. Ends only by an error.
+    /// Follows the source, and publishes this node's record whenever it changes. Ends only by an error.
     pub(crate) async fn run(
         mut self,
-        mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
+        mut presence: watch::Receiver<Option<Presence>>,
         wakes: SyncSender<Wake>,
     ) -> anyhow::Result<()> {
         let source = Source::new(&self.config.directory.file.path).context("follow the directory's folder")?;
         let (mut events, _thread) = source.spawn().context("follow the directory's folder")?;
-        let mut own = BTreeSet::new();
         loop {
             tokio::select! {
                 event = events.recv() => self.take(event.context("the thread that follows the folder ended")?),
-                changed = addresses.changed() => changed.context("the reconcile thread is gone")?,
+                changed = presence.changed() => changed.context("the reconcile thread is gone")?,
             }
-            own.clone_from(&addresses.borrow_and_update());
-            self.publish(&own);
+            let known = presence.borrow_and_update().clone();
+            if let Some(presence) = known.filter(|presence| !presence.addresses.is_empty()) {
+                self.publish(&presence);
+            }
             self.save();
             if self.tell() {
                 wake(&wakes)?;
@@ -129,11 +128,11 @@ impl Keeper {
 
     /// Writes this node's record into the folder, if it differs from what is there, so that a record somebody removed comes back. While
     /// the folder is away nothing is written: it might be the empty place below a mount.
-    fn publish(&mut self, addresses: &BTreeSet<IpAddr>) {
-        if self.source_problem.is_some() || !self.config.directory.file.publish || addresses.is_empty() {
+    fn publish(&mut self, presence: &Presence) {
+        if self.source_problem.is_some() || !self.config.directory.file.publish {
             return;
         }
-        let record = record(&self.config, self.public_key, addresses);
+        let record = record(&self.config, self.public_key, presence);
         self.publish_problem = match file::publish(&self.config.directory.file.path, &record) {
             Ok(_) => None,
             Err(error) => {
@@ -189,9 +188,10 @@ impl Keeper {
 }
 
 /// What this node says of itself.
-fn record(config: &Config, public_key: PublicKey, addresses: &BTreeSet<IpAddr>) -> Record {
+fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record {
     let listen_port = NonZeroU16::new(config.encryption.listen_port).expect("checked when the configuration was read");
-    let endpoints = addresses
+    let endpoints = presence
+        .addresses
         .iter()
         .take(Announcement::MAX_ENDPOINTS)
         .map(|address| SocketAddr::new(*address, listen_port.get()));
@@ -200,11 +200,14 @@ fn record(config: &Config, public_key: PublicKey, addresses: &BTreeSet<IpAddr>) 
         listen_port,
         endpoints: endpoints.collect(),
         epoch: 1,
-        backend: Backend::Userspace,
+        backend: match presence.backend {
+            shroud_tunnel::Backend::Kernel => Backend::Kernel,
+            shroud_tunnel::Backend::Userspace => Backend::Userspace,
+        },
     };
     Record {
         node: config.node.clone(),
-        addresses: addresses.iter().copied().collect(),
+        addresses: presence.addresses.iter().copied().collect(),
         pod_prefixes: config.pod_prefixes.iter().copied().collect(),
         announcement: Some(announcement.to_json()),
     }

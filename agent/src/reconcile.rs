@@ -10,10 +10,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use shroud_ebpf::Gate;
 use shroud_keyd::directory::Origin;
 use shroud_keyd::{NodeKey, Snapshot};
@@ -54,6 +54,24 @@ pub(crate) struct Mesh {
     pub(crate) directory: DirectoryStatus,
 }
 
+/// How other nodes find this one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Presence {
+    pub(crate) addresses: BTreeSet<IpAddr>,
+    pub(crate) backend: Backend,
+}
+
+/// Says "look again"; when the queue is full, somebody has said so already.
+///
+/// # Errors
+/// When nobody looks any more.
+pub(crate) fn wake(wakes: &SyncSender<Wake>) -> anyhow::Result<()> {
+    match wakes.try_send(Wake::Dirty) {
+        Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
+        Err(TrySendError::Disconnected(_)) => Err(anyhow!("the reconcile thread is gone")),
+    }
+}
+
 /// Every handle on the kernel, and what the last pass found.
 pub(crate) struct Reconciler {
     config: Config,
@@ -64,8 +82,8 @@ pub(crate) struct Reconciler {
     tunnel: Tunnel,
     kernel: Kernel,
     mesh: watch::Receiver<Mesh>,
-    /// This node's addresses, for whoever publishes the announcement.
-    addresses: watch::Sender<BTreeSet<IpAddr>>,
+    /// For whoever publishes the announcement.
+    presence: watch::Sender<Option<Presence>>,
     last: Option<Pass>,
     latest_changes: VecDeque<String>,
     drops: VecDeque<String>,
@@ -117,7 +135,7 @@ impl Reconciler {
         config: Config,
         key: NodeKey,
         mesh: watch::Receiver<Mesh>,
-        addresses: watch::Sender<BTreeSet<IpAddr>>,
+        presence: watch::Sender<Option<Presence>>,
     ) -> anyhow::Result<Self> {
         let gate = Gate::open(&gate_options(&config)).context("load the gate")?;
         let tunnel = Tunnel::new(tunnel_options(&config));
@@ -130,7 +148,7 @@ impl Reconciler {
             tunnel,
             kernel,
             mesh,
-            addresses,
+            presence,
             last: None,
             latest_changes: VecDeque::new(),
             drops: VecDeque::new(),
@@ -185,10 +203,14 @@ impl Reconciler {
                 return;
             }
         };
-        self.addresses.send_if_modified(|addresses| {
-            let differ = *addresses != plan.addresses;
-            addresses.clone_from(&plan.addresses);
-            differ
+        let presence = Presence {
+            addresses: plan.addresses.clone(),
+            backend: plan.tunnel.backend,
+        };
+        self.presence.send_if_modified(|published| {
+            let differs = published.as_ref() != Some(&presence);
+            *published = Some(presence);
+            differs
         });
         let number = self.last.as_ref().map_or(0, |pass| pass.number) + 1;
         let took = begun.elapsed();

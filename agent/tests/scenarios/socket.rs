@@ -22,7 +22,15 @@ fn only_root_and_the_agents_user_are_answered() -> Result<()> {
     let program = tempfile::Builder::new().prefix("shroud-").tempdir_in("/run")?;
     std::fs::set_permissions(program.path(), PermissionsExt::from_mode(0o755))?;
     let copy = program.path().join("shroud");
-    std::fs::copy(SHROUD, &copy)?;
+    // Not copied by this process: a test beside this one that starts a program meanwhile would hold the copy open for writing.
+    ensure!(
+        Command::new("install")
+            .args(["-m", "755", SHROUD])
+            .arg(&copy)
+            .status()?
+            .success(),
+        "cannot copy {SHROUD}"
+    );
     let ask = |user: u32| {
         Command::new(&copy)
             .args(["status", "--socket"])

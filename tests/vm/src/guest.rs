@@ -137,15 +137,10 @@ pub fn run(kernel: &Kernel, archive: &Archive, log: &Path, patience: Patience) -
 /// Software emulation on purpose: it is the same on every machine, and nested hardware virtualization often is not.
 fn start(kernel: &Kernel, initramfs: &Path) -> Result<Emulator> {
     let mut qemu = Command::new(QEMU);
-    qemu.args([
-        "-accel",
-        "tcg,thread=multi,tb-size=512",
-        "-machine",
-        "q35",
-        "-cpu",
-        "max",
-    ]);
-    qemu.args(["-smp", "2", "-m", &MEMORY.to_string()]);
+    qemu.args(["-accel", "tcg", "-machine", "q35", "-cpu", "max"]);
+    // One processor: a kernel patches its own code while it runs (static keys), and an emulator that runs several processors at once
+    // may still execute the old bytes of it, which ends in "Oops: int3".
+    qemu.args(["-smp", "1", "-m", &MEMORY.to_string()]);
     qemu.args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
     // Kernel messages on our one pipe, programs on the other: neither tears the other's lines.
     qemu.args(["-serial", "stdio", "-serial", "file:/dev/stderr"]);

@@ -16,9 +16,9 @@ use crate::program::{MODULES, PROGRAMS, Program};
 const TOOLS: [&str; 8] = ["bpftool", "ip", "nsenter", "ping", "ss", "sysctl", "tc", "wg"];
 
 /// Applets of busybox that the guest gets under their own name.
-const APPLETS: [&str; 16] = [
-    "cat", "dmesg", "env", "false", "free", "grep", "head", "ls", "lsmod", "mount", "ps", "sh", "sleep", "tail",
-    "true", "uname",
+const APPLETS: [&str; 17] = [
+    "cat", "dmesg", "env", "false", "free", "grep", "head", "install", "ls", "lsmod", "mount", "ps", "sh", "sleep",
+    "tail", "true", "uname",
 ];
 
 /// An archive in the making.

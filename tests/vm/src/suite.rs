@@ -55,7 +55,7 @@ pub struct Suite {
 }
 
 /// All suites, the cheapest failures first.
-pub const SUITES: [Suite; 5] = [
+pub const SUITES: [Suite; 6] = [
     Suite {
         name: "gate",
         source: "ebpf/tests/kernel/main.rs",
@@ -86,11 +86,27 @@ pub const SUITES: [Suite; 5] = [
         seconds: 120,
     },
     Suite {
+        name: "core scenarios, kernel WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: &[
+            "--test-threads=2",
+            "a_pods_packet_that_arrives_in_the_clear",
+            "a_second_pass_changes_nothing",
+            "an_agent_that_is_killed",
+            "explain_gives_the_true_answer",
+            "with_another_nodes_key",
+            "with_the_gate_off",
+        ],
+        environment: &[("SHROUD_TEST_BACKEND", "kernel")],
+        core: true,
+        seconds: 600,
+    },
+    Suite {
         name: "scenarios, kernel WireGuard",
         source: "agent/tests/scenarios/main.rs",
         arguments: &["--test-threads=2", "--skip=wire"],
         environment: &[("SHROUD_TEST_BACKEND", "kernel")],
-        core: true,
+        core: false,
         seconds: 600,
     },
     Suite {

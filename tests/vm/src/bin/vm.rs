@@ -1,16 +1,19 @@
-//! `vm`: boots kernels one after the other, runs the suites inside each, and ends with 0 only if every guest said that all was well.
+//! `vm`: boots kernels side by side, runs the suites inside each, and ends with 0 only if every guest said that all was well.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use shroud_vm::build::{self, workspace};
+use shroud_vm::archive::Archive;
+use shroud_vm::build::{self, Built, workspace};
 use shroud_vm::guest::{self, Patience, Report};
 use shroud_vm::image::Image;
 use shroud_vm::kernel::Kernel;
+use shroud_vm::program::Program;
 use shroud_vm::suite::{self, MODULES, PACKAGES, SUITES, Suite};
 
 /// Runs the kernel tests and scenarios on other kernels.
@@ -67,37 +70,22 @@ fn main() -> Result<ExitCode> {
 
     let logs = workspace().join("target/vm");
     fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
-    let mut reports = Vec::new();
+    let mut prepared = Vec::new();
     for name in &options.names {
-        let kernel = Kernel::find(&options.kernels.join(name), name)?;
-        let mut image = Image::new()?;
-        for path in &built.programs {
-            image.program(path)?;
-        }
-        for program in programs.iter().filter(|_| options.command.is_none()) {
-            image.program(&program.path)?;
-        }
-        image.file(&workspace().join("docs/shroud.example.yaml"))?;
-        let archive = image.finish(&kernel, &MODULES, &programs)?;
-        let log = logs.join(format!("{name}.log"));
-        println!(
-            "{name}: booting Linux {}, all it says goes to {}",
-            kernel.release,
-            log.display()
-        );
-        let patience = Patience {
-            total: Duration::from_secs(options.within),
-            silence: Duration::from_secs(180),
-        };
-        let report = guest::run(&kernel, &archive, &log, patience)?;
-        let result = log.with_extension("json");
-        let json = serde_json::to_vec_pretty(&report).context("write the report")?;
-        fs::write(&result, json).with_context(|| format!("write {}", result.display()))?;
-        for failure in &report.failures {
-            println!("{name}: {failure}");
-        }
-        reports.push(report);
+        prepared.push((name, prepare(&options, name, &built, &programs)?));
     }
+    let (logs, within) = (logs.as_path(), options.within);
+    // One virtual processor each: see `guest`. The guests share the machine's.
+    let reports = thread::scope(|scope| {
+        let guests: Vec<_> = prepared
+            .into_iter()
+            .map(|(name, guest)| scope.spawn(move || follow(name, guest, logs, within)))
+            .collect();
+        let joined = guests
+            .into_iter()
+            .map(|guest| guest.join().expect("a guest's thread does not panic"));
+        joined.collect::<Result<Vec<Report>>>()
+    })?;
 
     println!();
     for report in &reports {
@@ -108,4 +96,41 @@ fn main() -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Finds a kernel, and packs what its guest needs.
+fn prepare(options: &Options, name: &str, built: &Built, programs: &[Program]) -> Result<(Kernel, Archive)> {
+    let kernel = Kernel::find(&options.kernels.join(name), name)?;
+    let mut image = Image::new()?;
+    for path in &built.programs {
+        image.program(path)?;
+    }
+    for program in programs.iter().filter(|_| options.command.is_none()) {
+        image.program(&program.path)?;
+    }
+    image.file(&workspace().join("docs/shroud.example.yaml"))?;
+    let archive = image.finish(&kernel, &MODULES, programs)?;
+    Ok((kernel, archive))
+}
+
+/// Boots a guest, follows it to its end, and keeps what it said.
+fn follow(name: &str, (kernel, archive): (Kernel, Archive), logs: &Path, within: u64) -> Result<Report> {
+    let log = logs.join(format!("{name}.log"));
+    println!(
+        "{name}: booting Linux {}, all it says goes to {}",
+        kernel.release,
+        log.display()
+    );
+    let patience = Patience {
+        total: Duration::from_secs(within),
+        silence: Duration::from_secs(180),
+    };
+    let report = guest::run(&kernel, &archive, &log, patience)?;
+    let result = log.with_extension("json");
+    let json = serde_json::to_vec_pretty(&report).context("write the report")?;
+    fs::write(&result, json).with_context(|| format!("write {}", result.display()))?;
+    for failure in &report.failures {
+        println!("{name}: {failure}");
+    }
+    Ok(report)
 }

@@ -98,6 +98,11 @@ pub(crate) async fn serve(listener: UnixListener, questions: mpsc::Sender<Questi
 async fn answer(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> io::Result<()> {
     let caller = stream.peer_cred()?;
     let own = rustix::process::geteuid().as_raw();
+    // Read first, refuse afterwards: an answer to somebody who is still writing is lost with a broken pipe.
+    let mut line = String::new();
+    BufReader::new((&mut stream).take(LONGEST_REQUEST))
+        .read_line(&mut line)
+        .await?;
     let response = if caller.uid() != 0 && caller.uid() != own {
         warn!(
             uid = caller.uid(),
@@ -105,10 +110,6 @@ async fn answer(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> io
         );
         Response::Error("only root and the agent's own user may ask".to_owned())
     } else {
-        let mut line = String::new();
-        BufReader::new((&mut stream).take(LONGEST_REQUEST))
-            .read_line(&mut line)
-            .await?;
         match serde_json::from_str(&line) {
             Ok(request) => ask(&questions, request).await,
             Err(error) => Response::Error(format!("not a request: {error}")),

@@ -77,10 +77,16 @@ impl Overlay {
                 let messages = self.entries("list neighbours", message::all_neighbours(link.index, family))?;
                 neighbours.extend(message::read_neighbours(link.index, &messages));
             }
-            let messages = self.entries("list forwarding", message::all_forwarding(link.index))?;
+            // Other kinds have no such table, but the kernel answers with the groups the device listens to (`ndo_dflt_fdb_dump`).
+            let forwarding = if link.settings.contains(&Setting::Kind(Kind::Vxlan)) {
+                let messages = self.entries("list forwarding", message::all_forwarding(link.index))?;
+                message::read_forwarding(link.index, &messages)
+            } else {
+                BTreeMap::new()
+            };
             let state = DeviceState {
                 index: link.index,
-                forwarding: message::read_forwarding(link.index, &messages),
+                forwarding,
                 neighbours,
                 settings: link.settings,
             };
@@ -325,7 +331,8 @@ impl Overlay {
 
     fn entry_gone(&mut self, operation: &str, request: RouteNetlinkMessage) -> Result<(), Error> {
         match self.connection.change(operation, request, 0) {
-            Err(error) if error.code() == Some(Errno::NOENT) => Ok(()),
+            // With its device it is gone too.
+            Err(error) if matches!(error.code(), Some(Errno::NOENT | Errno::NODEV)) => Ok(()),
             answer => answer,
         }
     }

@@ -171,7 +171,7 @@ impl Kernel {
                     let same = |old: &Setting| std::mem::discriminant(old) == std::mem::discriminant(&difference.new);
                     state.settings.retain(|old| !same(old));
                     state.settings.push(difference.new.clone());
-                    if difference.new.forgets_neighbours() {
+                    if matches!(difference.new, Setting::Mac(_) | Setting::Resolution(_)) {
                         state.neighbours.clear();
                     }
                 }

@@ -289,6 +289,17 @@ fn drift_is_repaired() {
             "link set shroud.vxlan address 02:00:00:00:00:77",
             "mac 02:00:00:00:00:77 -> mac 02:00:00:00:00:01",
         ),
+        // Our own repair makes the kernel forget what is right by chance.
+        (
+            "ip",
+            "link set shroud.vxlan address 02:00:00:00:00:77; neigh replace 10.244.2.0 lladdr 02:00:00:00:00:02 dev shroud.vxlan nud permanent",
+            "neighbour 10.244.2.0 dev shroud.vxlan: none -> ",
+        ),
+        (
+            "ip",
+            "link set shroud.vxlan arp on; neigh replace 10.244.2.0 lladdr 02:00:00:00:00:02 dev shroud.vxlan nud permanent",
+            "neighbour 10.244.2.0 dev shroud.vxlan: none -> ",
+        ),
         ("ip", "link set shroud.vxlan arp on", "arp on -> arp off"),
         (
             "ip",
@@ -316,7 +327,7 @@ fn drift_is_repaired() {
         ),
         (
             "ip",
-            "link set shroud.vxlan name shroud.other",
+            "link set shroud.vxlan down; link set shroud.vxlan name shroud.other",
             "device shroud.other: removed",
         ),
         (
@@ -337,10 +348,12 @@ fn drift_is_repaired() {
     };
     let before = picture(&netns);
     for (program, drift, expected) in drifts {
-        match program {
-            "ip" => netns.ip(drift),
-            _ => netns.bridge(drift),
-        };
+        for command in drift.split("; ") {
+            match program {
+                "ip" => netns.ip(command),
+                _ => netns.bridge(command),
+            };
+        }
 
         let changes = converge(&mut overlay, &node());
 
@@ -398,6 +411,33 @@ fn the_order_is_new_entries_first() {
             "forwarding 02:00:00:00:00:02 dev shroud.vxlan: 172.18.0.2 -> none",
         ]
     );
+}
+
+#[test]
+fn what_is_gone_already_is_removed() {
+    let netns = Netns::new();
+    let mut overlay = enter(&netns);
+    let entries = "neigh flush dev shroud.vxlan nud permanent";
+    let device_itself = "link del shroud.vxlan";
+    let alone = only("shroud.vxlan", device(Family::V4, 1, &[]));
+    for (desired, gone) in [
+        (alone.clone(), entries),
+        (alone, device_itself),
+        (Desired::default(), device_itself),
+    ] {
+        converge(&mut overlay, &node());
+        let changes = diff(&desired, &overlay.observe().unwrap());
+        assert!(!changes.is_empty());
+
+        netns.ip(gone);
+        if gone == entries {
+            netns.bridge("fdb del 02:00:00:00:00:02 dev shroud.vxlan self");
+        }
+
+        for change in changes {
+            overlay.apply(&change).unwrap();
+        }
+    }
 }
 
 #[test]
@@ -673,7 +713,8 @@ fn a_thousand_peers() {
     assert_eq!(pass(&mut overlay, &many).0.len(), 3);
     let one = began.elapsed();
     println!("1,000 peers: {took:?}; nothing to do: {second:?}; one peer less: {one:?}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    // A guard against what grows with the square, with room for an emulated machine.
+    assert!(took < Duration::from_secs(30), "{took:?}");
 }
 
 fn geneve(number: u8, peers: &[u8]) -> Device {
@@ -759,12 +800,14 @@ fn geneve_drift_is_repaired() {
             "mac 02:00:00:00:00:77 -> ",
         ),
         (
-            "link set shroud.geneve name shroud.other",
+            "link set shroud.geneve down; link set shroud.geneve name shroud.other",
             "device shroud.other: removed",
         ),
         ("neigh del 10.244.2.0 dev shroud.geneve", "neighbour 10.244.2.0"),
     ] {
-        netns.ip(drift);
+        for command in drift.split("; ") {
+            netns.ip(command);
+        }
 
         let changes = converge(&mut overlay, &desired).join("\n");
 

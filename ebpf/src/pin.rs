@@ -8,10 +8,11 @@
 //!
 //! A name on a BPF file system must not contain a dot, and device names do (`eth0.100`); hence the index.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use rustix::mount::MountFlags;
 use shroud_gate::LAYOUT_VERSION;
 
@@ -64,7 +65,7 @@ impl Pins {
     /// Makes the directories, and mounts a BPF file system in the usual place if there is none.
     pub(crate) fn prepare(&self, build: &str) -> Result<(), Error> {
         if !is_bpffs(&self.root)? && self.root.starts_with(BPFFS) {
-            mount(Path::new(BPFFS))?;
+            mount_once(Path::new(BPFFS))?;
         }
         if !is_bpffs(&self.root)? {
             return Err(Error::NotBpffs {
@@ -98,6 +99,19 @@ fn is_bpffs(path: &Path) -> Result<bool, Error> {
         }
     }
     Ok(false)
+}
+
+/// Two that find nothing mounted at the same moment would mount one over the other, and hide what the first has pinned: whoever comes
+/// second waits and looks again.
+fn mount_once(path: &Path) -> Result<(), Error> {
+    let failed = |source: io::Error| Error::Path {
+        operation: "lock",
+        path: path.into(),
+        source,
+    };
+    let folder = File::open(path).map_err(failed)?;
+    rustix::fs::flock(&folder, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+    if is_bpffs(path)? { Ok(()) } else { mount(path) }
 }
 
 fn mount(path: &Path) -> Result<(), Error> {

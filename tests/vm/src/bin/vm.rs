@@ -38,7 +38,7 @@ struct Options {
     #[arg(long)]
     command: Option<String>,
     /// How many seconds a guest may take.
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 2400)]
     within: u64,
 }
 

@@ -1,10 +1,11 @@
 //! What a node says of itself: its public key and where it can be reached. Attacker input until the directory has verified it.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
-use serde::{Deserialize, Serialize};
-use shroud_model::{InvalidKey, PublicKey};
+use serde::{Deserialize, Serialize, Serializer};
+use shroud_model::{InvalidKey, OverlayFormat, OverlayKind, PublicKey};
 
 use crate::document::Document;
 use crate::refusal::{Excerpt, Refusal};
@@ -17,6 +18,36 @@ pub enum Backend {
     Kernel,
     /// `shroud wire`.
     Userspace,
+}
+
+/// How the announcing node sends pod packets where it can.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// As they are, by routes.
+    #[default]
+    Native,
+    /// In VXLAN.
+    Vxlan,
+    /// In Geneve.
+    Geneve,
+}
+
+impl Mode {
+    /// The overlay that it takes, if it takes one.
+    pub const fn overlay(self) -> Option<OverlayKind> {
+        match self {
+            Self::Native => None,
+            Self::Vxlan => Some(OverlayKind::Vxlan),
+            Self::Geneve => Some(OverlayKind::Geneve),
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.overlay().map_or("native", OverlayKind::name))
+    }
 }
 
 /// One node's announcement, parsed: well-formed, but not yet believed.
@@ -34,6 +65,17 @@ pub struct Announcement {
     pub epoch: u64,
     /// How the node encrypts.
     pub backend: Backend,
+    /// How the node sends pod packets to whoever can receive them so.
+    pub mode: Mode,
+    /// The overlay packets that the node can receive right now.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "texts")]
+    pub overlays: Vec<OverlayFormat>,
+    /// Whether its underlay delivers packets for its pods to it by itself.
+    #[serde(skip_serializing_if = "is_false")]
+    pub routable: bool,
+    /// Whether it encrypts its own traffic with nodes that do so too.
+    #[serde(skip_serializing_if = "is_false")]
+    pub encrypts_nodes: bool,
 }
 
 impl Announcement {
@@ -43,8 +85,11 @@ impl Announcement {
     pub const MAX_BYTES: usize = 4096;
     /// The most endpoints that are read.
     pub const MAX_ENDPOINTS: usize = 8;
+    /// The most overlay formats that are read.
+    pub const MAX_OVERLAYS: usize = 8;
 
-    /// Parses a stranger's text. Unknown fields are skipped: within a version, fields are only added.
+    /// Parses a stranger's text. Unknown fields are skipped, and those that an earlier program did not know may be missing: within a
+    /// version, fields are only added.
     ///
     /// # Errors
     /// [`Refusal`] says what is wrong, in words that are safe to print.
@@ -59,6 +104,13 @@ impl Announcement {
             endpoints: endpoints.into_iter().map(canonical).collect(),
             epoch: document.field("epoch", "a whole number")?,
             backend: document.field("backend", "\"kernel\" or \"userspace\"")?,
+            mode: document.optional("mode", "\"native\", \"vxlan\" or \"geneve\"")?,
+            overlays: match document.raw("overlays") {
+                Some(_) => document.list("overlays", "a list such as \"vxlan:21320:4789\"", Self::MAX_OVERLAYS)?,
+                None => Vec::new(),
+            },
+            routable: document.optional("routable", "true or false")?,
+            encrypts_nodes: document.optional("encryptsNodes", "true or false")?,
         })
     }
 
@@ -76,6 +128,15 @@ impl Announcement {
         })
         .expect("numbers, texts and lists have a JSON form")
     }
+}
+
+fn texts<S: Serializer>(formats: &[OverlayFormat], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(formats.iter().map(ToString::to_string))
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 fn public_key(document: &Document) -> Result<PublicKey, Refusal> {
@@ -117,7 +178,7 @@ mod tests {
 
     fn text(key: &str) -> String {
         format!(
-            r#"{{"version":1,"publicKey":"{key}","port":51820,"endpoints":["172.18.0.2:51820"],"epoch":1,"backend":"userspace"}}"#
+            r#"{{"version":1,"publicKey":"{key}","port":51820,"endpoints":["172.18.0.2:51820"],"epoch":1,"backend":"userspace","mode":"native"}}"#
         )
     }
 
@@ -128,6 +189,10 @@ mod tests {
             endpoints: vec!["172.18.0.2:51820".parse().unwrap()],
             epoch: 1,
             backend: Backend::Userspace,
+            mode: Mode::Native,
+            overlays: Vec::new(),
+            routable: false,
+            encrypts_nodes: false,
         }
     }
 
@@ -143,6 +208,10 @@ mod tests {
         let ours = Announcement {
             endpoints,
             epoch: u64::MAX,
+            mode: Mode::Geneve,
+            overlays: vec!["geneve:16777215:65535".parse().unwrap(); 8],
+            routable: true,
+            encrypts_nodes: true,
             ..announcement()
         };
 
@@ -154,6 +223,25 @@ mod tests {
         let later = text(KEY).replace("{\"version\"", "{\"nextKey\":{\"a\":[1]},\"version\"");
 
         assert_eq!(Announcement::parse(later), Ok(announcement()));
+    }
+
+    #[test]
+    fn an_earlier_program_may_lack_fields() {
+        let earlier = text(KEY).replace(",\"mode\":\"native\"", "");
+
+        assert_eq!(Announcement::parse(earlier), Ok(announcement()));
+    }
+
+    #[test]
+    fn a_mode_or_format_nobody_knows_is_refused() {
+        for (good, bad) in [
+            ("\"native\"", "\"gre\""),
+            ("\"native\"", "\"native\",\"overlays\":[\"vxlan:0:1\"]"),
+        ] {
+            let refusal = Announcement::parse(text(KEY).replace(good, bad)).unwrap_err();
+
+            assert!(matches!(refusal, Refusal::Malformed { .. }), "{refusal}");
+        }
     }
 
     #[test]

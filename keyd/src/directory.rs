@@ -6,6 +6,7 @@
 //!
 //! - A key or prefix belongs to its first verified holder. A second claimer is refused. Two that claim it at once, with no memory of
 //!   who was first, are both refused; a prefix nobody holds has no owner, so that its traffic is dropped.
+//! - An underlay address belongs to its first holder too; whoever else claims it stays a peer without that address.
 //! - This node always holds its own key and prefixes.
 //! - A key stays with its holder until the node is gone or verifiably holds another key, so that withdrawing or spoiling an
 //!   announcement for a moment gives nobody else a chance. A prefix stays until the authority no longer lists it.
@@ -24,12 +25,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use shroud_model::{NodeName, Prefix, PublicKey};
+use shroud_model::{NodeName, OverlayFormat, Prefix, PublicKey};
 use thiserror::Error;
 
 use self::ranges::Ranges;
 use self::verify::{Claims, first_other};
-use crate::announcement::Backend;
+use crate::announcement::{Backend, Mode};
 use crate::{Announcement, Record, Refusal, Unreadable};
 
 /// The most nodes a directory keeps, this one not counted.
@@ -57,12 +58,20 @@ pub struct Peer {
     pub endpoints: Vec<SocketAddr>,
     /// The pod prefixes it holds; may be empty when it has none yet.
     pub pod_prefixes: BTreeSet<Prefix>,
-    /// Its addresses on the underlay, as the authority has them.
+    /// Its addresses on the underlay, as the authority has them; no other node has any of them.
     pub addresses: Vec<IpAddr>,
     /// The epoch of its announcement.
     pub epoch: u64,
     /// How it says it encrypts.
     pub backend: Backend,
+    /// How it sends pod packets.
+    pub mode: Mode,
+    /// The overlay packets it can receive.
+    pub overlays: Vec<OverlayFormat>,
+    /// Whether its underlay delivers packets for its pods by itself.
+    pub routable: bool,
+    /// Whether it encrypts its own traffic with nodes that do so too.
+    pub encrypts_nodes: bool,
 }
 
 /// A node that is known but not believed. Its traffic is dropped.
@@ -72,6 +81,9 @@ pub struct Refused {
     pub reasons: Vec<Reason>,
     /// The pod prefixes that are nevertheless its own, to be fenced in its name.
     pub pod_prefixes: BTreeSet<Prefix>,
+    /// Its addresses on the underlay, where traffic of nodes is encrypted to be fenced too. None for a node that never had a key: it has
+    /// yet to start, and must be able to.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Where a snapshot's facts come from.
@@ -219,6 +231,16 @@ pub enum Problem {
         /// Why.
         flaw: EndpointFlaw,
     },
+    /// Several nodes have one address. Neither overlay nor encrypted node traffic uses it for those that came later.
+    #[error("the address {address} is not used for {}: {}", names(unused), holder.as_ref().map_or("nobody knows who had it first".to_owned(), |holder| format!("node {holder} had it first")))]
+    Address {
+        /// Which.
+        address: IpAddr,
+        /// Who had it first, if that is known.
+        holder: Option<NodeName>,
+        /// Who else has it.
+        unused: BTreeSet<NodeName>,
+    },
     /// The directory has another key under this node's name.
     #[error("the directory has the key {}.. under this node's own name: another machine uses the name, or this node has yet to announce its key", .0.fingerprint())]
     LocalKey(PublicKey),
@@ -239,6 +261,9 @@ pub struct Memory {
     pub prefixes: BTreeMap<Prefix, NodeName>,
     /// The highest epoch each node has announced.
     pub epochs: BTreeMap<NodeName, u64>,
+    /// Who holds which underlay address.
+    #[serde(default)]
+    pub addresses: BTreeMap<IpAddr, NodeName>,
 }
 
 /// The index. Feed it with what sources say and take [`Snapshot`]s.
@@ -250,6 +275,7 @@ pub struct Directory {
     own: Option<Record>,
     keys: BTreeMap<NodeName, PublicKey>,
     prefixes: BTreeMap<Prefix, NodeName>,
+    addresses: BTreeMap<IpAddr, NodeName>,
     unreadable: BTreeSet<Unreadable>,
     brake: Option<Brake>,
     left_out: usize,
@@ -288,6 +314,7 @@ impl Directory {
             own: None,
             keys: BTreeMap::new(),
             prefixes: BTreeMap::new(),
+            addresses: BTreeMap::new(),
             unreadable: BTreeSet::new(),
             brake: None,
             left_out: 0,
@@ -300,6 +327,7 @@ impl Directory {
     pub fn restore(&mut self, memory: Memory) {
         self.keys = memory.keys;
         self.prefixes = memory.prefixes;
+        self.addresses = memory.addresses;
         for record in memory.records {
             let seen = memory.epochs.get(&record.node).copied();
             self.enter(record, seen);
@@ -319,6 +347,7 @@ impl Directory {
             keys: self.keys.clone(),
             prefixes: self.prefixes.clone(),
             epochs: epochs.collect(),
+            addresses: self.addresses.clone(),
         }
     }
 
@@ -452,6 +481,8 @@ impl Directory {
             reasons.entry(node).or_default().push(reason);
         }
 
+        let contested = self.settle_addresses();
+
         let mut held: BTreeMap<&NodeName, BTreeSet<Prefix>> = BTreeMap::new();
         for (&prefix, node) in &self.prefixes {
             held.entry(node).or_default().insert(prefix);
@@ -461,12 +492,21 @@ impl Directory {
         for (node, entry) in &self.entries {
             let pod_prefixes = held.remove(node).unwrap_or_default();
             let reasons = reasons.remove(node).unwrap_or_default();
+            let is_held = |address: &IpAddr| self.addresses.get(address) == Some(node);
+            let mut addresses = entry.claims.addresses.clone();
+            addresses.retain(is_held);
             match &entry.claims.announcement {
                 Ok(announcement) if reasons.is_empty() => {
-                    peers.insert(node.clone(), peer(announcement, pod_prefixes, &entry.record));
+                    peers.insert(node.clone(), peer(announcement, pod_prefixes, addresses));
                 }
                 Ok(_) | Err(_) => {
-                    refused.insert(node.clone(), Refused { reasons, pod_prefixes });
+                    let had_a_key = self.keys.contains_key(node) || reasons != [Reason::NoAnnouncement];
+                    let refusal = Refused {
+                        reasons,
+                        pod_prefixes,
+                        addresses: if had_a_key { addresses } else { Vec::new() },
+                    };
+                    refused.insert(node.clone(), refusal);
                 }
             }
         }
@@ -479,6 +519,7 @@ impl Directory {
                     Refused {
                         reasons,
                         pod_prefixes: BTreeSet::new(),
+                        addresses: Vec::new(),
                     },
                 );
             }
@@ -488,7 +529,7 @@ impl Directory {
             origin,
             peers,
             refused,
-            problems: self.problems(),
+            problems: self.problems(contested),
         };
         if self.snapshot.as_deref() != Some(&snapshot) {
             self.snapshot = Some(Arc::new(snapshot));
@@ -601,13 +642,42 @@ impl Directory {
         refused
     }
 
+    /// Gives each underlay address that exactly one node has to that node, unless somebody holds it. Returns what is left unused.
+    fn settle_addresses(&mut self) -> Vec<Problem> {
+        let mut claimers: BTreeMap<IpAddr, BTreeSet<NodeName>> = BTreeMap::new();
+        for (node, entry) in &self.entries {
+            for &address in &entry.claims.addresses {
+                claimers.entry(address).or_default().insert(node.clone());
+            }
+        }
+        self.addresses
+            .retain(|address, node| claimers.get(address).is_some_and(|nodes| nodes.contains(node)));
+        let mut problems = Vec::new();
+        for (address, mut nodes) in claimers {
+            if nodes.len() == 1 {
+                self.addresses.extend(nodes.into_iter().map(|node| (address, node)));
+                continue;
+            }
+            let holder = self.addresses.get(&address).cloned();
+            if let Some(holder) = &holder {
+                nodes.remove(holder);
+            }
+            problems.push(Problem::Address {
+                address,
+                holder,
+                unused: nodes,
+            });
+        }
+        problems
+    }
+
     /// What wants a look, in a fixed order.
-    fn problems(&self) -> Vec<Problem> {
-        let mut problems: BTreeSet<Problem> = self
+    fn problems(&self, contested: Vec<Problem>) -> Vec<Problem> {
+        let of_records = self
             .entries
             .values()
-            .flat_map(|entry| entry.claims.problems.iter().cloned())
-            .collect();
+            .flat_map(|entry| entry.claims.problems.iter().cloned());
+        let mut problems: BTreeSet<Problem> = of_records.chain(contested).collect();
         for Unreadable { node, reason } in &self.unreadable {
             problems.insert(Problem::Unreadable {
                 node: node.clone(),
@@ -643,14 +713,18 @@ impl Directory {
     }
 }
 
-fn peer(announcement: &Announcement, pod_prefixes: BTreeSet<Prefix>, record: &Record) -> Peer {
+fn peer(announcement: &Announcement, pod_prefixes: BTreeSet<Prefix>, addresses: Vec<IpAddr>) -> Peer {
     Peer {
         public_key: announcement.public_key,
         endpoints: announcement.endpoints.clone(),
         pod_prefixes,
-        addresses: record.addresses.clone(),
+        addresses,
         epoch: announcement.epoch,
         backend: announcement.backend,
+        mode: announcement.mode,
+        overlays: announcement.overlays.clone(),
+        routable: announcement.routable,
+        encrypts_nodes: announcement.encrypts_nodes,
     }
 }
 

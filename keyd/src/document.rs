@@ -61,6 +61,18 @@ impl Document {
         })
     }
 
+    /// The field's value, or its default where it is missing.
+    pub(crate) fn optional<T: DeserializeOwned + Default>(
+        &self,
+        field: &'static str,
+        wanted: &'static str,
+    ) -> Result<T, Refusal> {
+        match self.raw(field) {
+            Some(_) => self.field(field, wanted),
+            None => Ok(T::default()),
+        }
+    }
+
     /// The field's texts, each parsed; the field must be there.
     pub(crate) fn list<T: std::str::FromStr>(
         &self,

@@ -22,7 +22,8 @@ fn memory() -> Memory {
         }],
         keys: BTreeMap::from([(node.clone(), PublicKey::from_bytes([7; 32]).unwrap())]),
         prefixes: BTreeMap::from([("10.244.1.0/24".parse().unwrap(), node.clone())]),
-        epochs: BTreeMap::from([(node, u64::MAX)]),
+        epochs: BTreeMap::from([(node.clone(), u64::MAX)]),
+        addresses: BTreeMap::from([("fd18::2".parse().unwrap(), node)]),
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE};
-use shroud_keyd::announcement::Backend;
+use shroud_keyd::announcement::{Backend, Mode};
 use shroud_keyd::{Announcement, Directory, Local, cache, file, key};
 use tempfile::TempDir;
 
@@ -65,6 +65,10 @@ fn the_key_is_in_nothing_that_leaves() {
         endpoints: vec!["172.18.0.2:51820".parse().unwrap()],
         epoch: 1,
         backend: Backend::Userspace,
+        mode: Mode::Native,
+        overlays: Vec::new(),
+        routable: false,
+        encrypts_nodes: false,
     };
     let record = shroud_keyd::Record {
         node: "a".parse().unwrap(),

@@ -8,7 +8,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use shroud_keyd::announcement::Backend;
+use shroud_keyd::announcement::{Backend, Mode};
 use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, Origin};
 use shroud_keyd::{Announcement, Directory, Local, Peer, Problem, Reason, Record, Refusal, Snapshot, Unreadable};
 use shroud_model::{InvalidKey, NodeName, Prefix, PublicKey};
@@ -51,6 +51,10 @@ fn node(text: &str, host: u8) -> Builder {
             endpoints: vec![format!("172.18.0.{host}:51820").parse().unwrap()],
             epoch: 1,
             backend: Backend::Userspace,
+            mode: Mode::Native,
+            overlays: Vec::new(),
+            routable: false,
+            encrypts_nodes: false,
         },
         raw: None,
     }
@@ -191,6 +195,10 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
                 addresses: vec!["172.18.0.2".parse().unwrap()],
                 epoch: 1,
                 backend: Backend::Userspace,
+                mode: Mode::Native,
+                overlays: Vec::new(),
+                routable: false,
+                encrypts_nodes: false,
             },
         )]),
         refused: BTreeMap::new(),
@@ -316,6 +324,66 @@ fn this_node_always_holds_its_own_prefixes() {
         view(&directory),
         (peers([]), refused([("a", reason, &["10.244.2.0/24"])]))
     );
+}
+
+#[test]
+fn the_first_holder_keeps_an_address_and_the_second_stays_a_peer_without_it() {
+    let first = || node("a", 2);
+    let second = || {
+        let mut second = node("b", 3);
+        second.addresses.push("172.18.0.2".to_owned());
+        second
+    };
+    let addresses = |directory: &Directory, node: &str| snapshot(directory).peers[&name(node)].addresses.clone();
+    let unused = |holder: Option<&str>, unused: &[&str]| Problem::Address {
+        address: "172.18.0.2".parse().unwrap(),
+        holder: holder.map(name),
+        unused: unused.iter().map(|node| name(node)).collect(),
+    };
+    let own = |host: u8| vec![IpAddr::from([172, 18, 0, host])];
+
+    let known = after(&[&[first()], &[first(), second()]]);
+    assert_eq!((addresses(&known, "a"), addresses(&known, "b")), (own(2), own(3)));
+    assert_eq!(snapshot(&known).problems, [unused(Some("a"), &["b"])]);
+
+    let mut restarted = directory();
+    restarted.restore(known.memory());
+    restarted.reset(list(&[first(), second()]));
+    assert_eq!(snapshot(&restarted).problems, [unused(Some("a"), &["b"])]);
+
+    let at_once = after(&[&[first(), second()]]);
+    assert_eq!(
+        (addresses(&at_once, "a"), addresses(&at_once, "b")),
+        (Vec::new(), own(3))
+    );
+    assert_eq!(snapshot(&at_once).problems, [unused(None, &["a", "b"])]);
+}
+
+#[test]
+fn addresses_no_other_machine_can_have_are_left_out() {
+    let mut node = node("a", 2);
+    node.addresses
+        .extend(["127.0.0.1", "fe80::1", "10.244.9.9", "0.0.0.0", "::ffff:172.18.0.2"].map(str::to_owned));
+
+    let directory = after(&[&[node]]);
+
+    assert_eq!(
+        snapshot(&directory).peers[&name("a")].addresses,
+        [IpAddr::from([172, 18, 0, 2])]
+    );
+}
+
+#[test]
+fn a_refused_node_keeps_its_addresses_fenced_only_if_it_ever_had_a_key() {
+    let addresses = |directory: &Directory| snapshot(directory).refused[&name("a")].addresses.clone();
+
+    let new = after(&[&[node("a", 2).silent()]]);
+    let withdrawn = after(&[&[node("a", 2)], &[node("a", 2).silent()]]);
+    let spoiled = after(&[&[node("a", 2).announcing("{}")]]);
+
+    assert_eq!(addresses(&new), [] as [IpAddr; 0]);
+    assert_eq!(addresses(&withdrawn), [IpAddr::from([172, 18, 0, 2])]);
+    assert_eq!(addresses(&spoiled), [IpAddr::from([172, 18, 0, 2])]);
 }
 
 #[test]
@@ -626,7 +694,11 @@ fn the_directorys_word_about_this_node_is_only_compared() {
 fn known_nodes_stay_when_there_are_too_many() {
     let crowd = |count: usize| -> Vec<Result<Record, Unreadable>> {
         (0..count)
-            .map(|number| Ok(node(&format!("n{number:05}"), 2).pods(&[]).silent().record()))
+            .map(|number| {
+                let mut node = node(&format!("n{number:05}"), 2).pods(&[]).silent();
+                node.addresses.clear();
+                Ok(node.record())
+            })
             .collect()
     };
     let mut directory = after(&[&[node("z", 3)]]);

@@ -7,10 +7,12 @@ mod key;
 mod mark;
 mod mtu;
 mod node;
+mod overlay;
 mod prefix;
 
 pub use key::{InvalidKey, PresharedKey, PrivateKey, PublicKey};
 pub use mark::{InvalidMark, Mark};
 pub use mtu::{InvalidMtu, Mtu};
 pub use node::{InvalidNodeName, NodeId, NodeName};
+pub use overlay::{InvalidOverlayFormat, InvalidVni, OverlayFormat, OverlayKind, Vni};
 pub use prefix::{Family, InvalidPrefix, Prefix};

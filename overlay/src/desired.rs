@@ -4,10 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
-use serde::{Deserialize, Serialize};
 use shroud_model::Mtu;
 
-use crate::{Mac, Vni};
+use crate::{Kind, Mac, Vni};
 
 /// Everything this crate is asked to bring about. What is ours and not in here is removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -16,36 +15,10 @@ pub struct Desired {
     pub devices: BTreeMap<String, Device>,
 }
 
-/// How packets are wrapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// RFC 7348. The device knows its peers' underlay addresses, all of one family: that of [`Device::local`].
-    Vxlan,
-    /// RFC 8926. One device for all peers of both families; the routes carry the peers' underlay addresses and the VNI.
-    Geneve,
-}
-
-impl Kind {
-    /// The kernel's word (`IFLA_INFO_KIND`).
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Vxlan => "vxlan",
-            Self::Geneve => "geneve",
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
 /// One overlay device and what it knows of its peers. It is also up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
-    /// How it wraps packets.
+    /// How it wraps packets. VXLAN knows its peers' underlay addresses, all of the family of `local`; Geneve has them in the routes.
     pub kind: Kind,
     /// The overlay's number. Geneve has it in the routes, not on the device.
     pub vni: Vni,
@@ -68,7 +41,7 @@ pub struct Vtep {
     pub mac: Mac,
     /// The node's underlay address.
     pub underlay: IpAddr,
-    /// Its mesh addresses: the next hops of our routes to its pods.
+    /// The next hops of our routes to its pods: its IPv4 mesh address, and its link-local address.
     pub addresses: BTreeSet<IpAddr>,
 }
 

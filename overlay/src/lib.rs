@@ -16,16 +16,15 @@ mod mac;
 mod observed;
 mod overlay;
 mod setting;
-mod vni;
 
 pub use change::{Change, diff};
-pub use desired::{Conflict, Desired, Device, Kind, Vtep};
+pub use desired::{Conflict, Desired, Device, Vtep};
 pub use error::Error;
 pub use mac::{InvalidMac, Mac};
 pub use observed::{DeviceState, Forwarding, Neighbour, Observed};
 pub use overlay::{Overlay, Removal};
 pub use setting::{Difference, Setting, differences};
-pub use vni::{InvalidVni, Vni};
+pub use shroud_model::{OverlayKind as Kind, Vni};
 
 /// The alias (`IFLA_IFALIAS`, shown by `ip link`) that marks a device as ours, also when the VNI was another one.
 pub const LABEL: &str = "shroud overlay";

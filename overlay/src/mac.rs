@@ -1,6 +1,7 @@
 //! Link-layer addresses, made from who a node is.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 use shroud_model::NodeId;
@@ -25,6 +26,23 @@ impl Mac {
     pub const fn of(node: NodeId) -> Self {
         let [a, b, c, d, e, f, g, h] = node.0.to_be_bytes();
         Self([((a ^ g) & 0b1111_1100) | 0b10, b ^ h, c, d, e, f])
+    }
+
+    /// The IPv6 link-local address that goes with it (EUI-64, RFC 4291 appendix A). A route's IPv6 next hop: the kernel takes a link-local one
+    /// on any device, another only where no route leads it elsewhere (`ip6_route_check_nh_onlink`), which during a change of mode one does.
+    pub const fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        let pair = u16::from_be_bytes;
+        Ipv6Addr::new(
+            0xfe80,
+            0,
+            0,
+            0,
+            pair([a ^ 0b10, b]),
+            pair([c, 0xff]),
+            pair([0xfe, d]),
+            pair([e, f]),
+        )
     }
 
     /// The six bytes.
@@ -100,6 +118,13 @@ mod tests {
         let node: NodeName = "node-1".parse().unwrap();
 
         assert_eq!(Mac::of(node.id()).to_string(), "9e:55:ec:c2:20:78");
+    }
+
+    #[test]
+    fn a_link_local_address_is_the_one_the_kernel_would_make() {
+        let mac: Mac = "9e:55:ec:c2:20:78".parse().unwrap();
+
+        assert_eq!(mac.link_local().to_string(), "fe80::9c55:ecff:fec2:2078");
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) struct Claims {
     pub(super) announcement: Result<Announcement, Reason>,
     /// The pod prefixes that may be a node's.
     pub(super) prefixes: BTreeSet<Prefix>,
+    /// The underlay addresses that can be a node's.
+    pub(super) addresses: Vec<IpAddr>,
     /// What is wrong with the authority's half.
     pub(super) reasons: Vec<Reason>,
     /// What is wrong, but not enough to refuse the node.
@@ -35,6 +37,7 @@ impl Claims {
         let mut claims = Self {
             announcement: Err(Reason::NoAnnouncement),
             prefixes: BTreeSet::new(),
+            addresses: addresses(record, protected),
             reasons: Vec::new(),
             problems: Vec::new(),
         };
@@ -92,6 +95,18 @@ impl Claims {
         self.problems.extend(bad.into_iter().map(problem));
         Ok(announcement)
     }
+}
+
+/// The addresses of a record that another machine on the underlay can have, each once.
+fn addresses(record: &Record, protected: &BTreeSet<Prefix>) -> Vec<IpAddr> {
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in record.addresses.iter().map(IpAddr::to_canonical) {
+        let is_pod = protected.iter().any(|range| range.contains(address));
+        if is_underlay(address) && !is_pod && !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 /// Why nothing is sent to an endpoint, or `None` when it is good.

@@ -31,6 +31,10 @@ pub struct AgentOptions {
     pub exempt: String,
     /// `userspace`, `kernel` or `auto`.
     pub backend: String,
+    /// `native`, `vxlan`, `geneve` or `auto`.
+    pub mode: String,
+    /// Whether traffic of nodes is encrypted too.
+    pub nodes: bool,
     /// How often an idle tunnel speaks, e.g. `25s`.
     pub keepalive: String,
     /// YAML lines added at the top level of the configuration.
@@ -117,7 +121,7 @@ pub struct PassStatus {
 }
 
 impl AgentOptions {
-    /// The gate enforces; WireGuard runs in user space, or where the environment variable SHROUD_TEST_BACKEND says. or where `$SHROUD_TEST_BACKEND` says.
+    /// The gate enforces, pods are reached natively; WireGuard runs in user space, or where `$SHROUD_TEST_BACKEND` says.
     pub fn new(shroud: impl Into<PathBuf>) -> AgentOptions {
         AgentOptions {
             shroud: shroud.into(),
@@ -125,6 +129,8 @@ impl AgentOptions {
             attach: "auto".into(),
             exempt: String::new(),
             backend: env::var("SHROUD_TEST_BACKEND").unwrap_or_else(|_| "userspace".into()),
+            mode: "native".into(),
+            nodes: false,
             keepalive: "25s".into(),
             extra: String::new(),
             log: "info".into(),
@@ -325,7 +331,8 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
          podPrefixes: [\"{prefix4}\", \"{prefix6}\"]\n\
          protected: [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n\
          exempt: [{exempt}]\n\
-         routing: {{ mode: native }}\n\
+         routing: {{ mode: {mode} }}\n\
+         encrypt: {{ nodes: {nodes} }}\n\
          encryption: {{ backend: {backend}, device: {device}, listenPort: {LISTEN_PORT}, keepalive: {keepalive} }}\n\
          gate: {{ mode: \"{gate}\", pinDir: {pins}, attach: {attach} }}\n\
          directory: {{ file: {{ path: {directory} }} }}\n\
@@ -335,6 +342,8 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
         runtime = node.runtime().display(),
         prefix4 = node.prefix4,
         prefix6 = node.prefix6,
+        mode = options.mode,
+        nodes = options.nodes,
         backend = options.backend,
         device = node.device,
         keepalive = options.keepalive,

@@ -65,6 +65,8 @@ pub struct Flow {
     pub sizes: Vec<usize>,
     /// How long the whole flow may take.
     pub patience: Duration,
+    /// The server's port; 0 for any.
+    pub port: u16,
 }
 
 /// What became of a flow.
@@ -104,6 +106,7 @@ impl Flow {
             to: to.clone(),
             sizes,
             patience: PATIENCE,
+            port: 0,
         }
     }
 
@@ -118,6 +121,11 @@ impl Flow {
     /// The same flow with this much time for all of it.
     pub fn patience(self, patience: Duration) -> Flow {
         Flow { patience, ..self }
+    }
+
+    /// The same flow to this port of the server, which only UDP and TCP have.
+    pub fn port(self, port: u16) -> Flow {
+        Flow { port, ..self }
     }
 
     /// Sends it, and says what became of it.
@@ -182,7 +190,7 @@ impl Flow {
     }
 
     fn datagrams(&self, marker: &[u8; LENGTH], progress: &mut Progress) -> Result<()> {
-        let server = udp_server(&self.to, self.family)?;
+        let server = udp_server(&self.to, self.family, self.port)?;
         let port = server.local_addr().context("the server's port")?.port();
         let client = socket(&self.from.netns, self.family, Type::DGRAM, None)?;
         client
@@ -216,7 +224,7 @@ impl Flow {
         let sent = payload(marker, length);
         // A marker of its own for the way back, so that each direction is accounted for.
         let answered_with = payload(answer, length);
-        let listener = tcp_listener(&self.to, self.family, self.patience)?;
+        let listener = tcp_listener(&self.to, self.family, self.port, self.patience)?;
         let port = listener
             .local_addr()?
             .as_socket()
@@ -397,9 +405,9 @@ fn socket(netns: &Netns, family: Family, kind: Type, protocol: Option<socket2::P
     netns.run(|| Socket::new(domain, kind, protocol).with_context(|| format!("make a socket in {}", netns.name())))
 }
 
-fn udp_server(host: &Host, family: Family) -> Result<UdpSocket> {
+fn udp_server(host: &Host, family: Family, port: u16) -> Result<UdpSocket> {
     let server = host.netns.run(|| {
-        let address = SocketAddr::new(host.address(family), 0);
+        let address = SocketAddr::new(host.address(family), port);
         UdpSocket::bind(address).with_context(|| format!("bind to {address} in {}", host.netns.name()))
     })?;
     server.set_read_timeout(Some(Duration::from_millis(20)))?;
@@ -407,9 +415,11 @@ fn udp_server(host: &Host, family: Family) -> Result<UdpSocket> {
 }
 
 /// A listener whose accept gives up after `patience`.
-fn tcp_listener(host: &Host, family: Family, patience: Duration) -> Result<Socket> {
+fn tcp_listener(host: &Host, family: Family, port: u16, patience: Duration) -> Result<Socket> {
     let listener = socket(&host.netns, family, Type::STREAM, None)?;
-    let address = SocketAddr::new(host.address(family), 0);
+    // A test may use a port again that it has just used.
+    listener.set_reuse_address(true)?;
+    let address = SocketAddr::new(host.address(family), port);
     listener
         .bind(&address.into())
         .with_context(|| format!("bind to {address} in {}", host.netns.name()))?;

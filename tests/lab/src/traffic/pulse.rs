@@ -92,7 +92,7 @@ impl Pulse {
         connections: usize,
         markers: &Markers,
     ) -> Result<()> {
-        let listener = tcp_listener(to, family, CONNECT)?;
+        let listener = tcp_listener(to, family, 0, CONNECT)?;
         let port = listener
             .local_addr()?
             .as_socket()
@@ -120,7 +120,7 @@ impl Pulse {
         connections: usize,
         markers: &Markers,
     ) -> Result<()> {
-        let server = udp_server(to, family)?;
+        let server = udp_server(to, family, 0)?;
         let address = SocketAddr::new(to.address(family), server.local_addr()?.port());
         for number in 0..connections {
             let name = format!("UDP pulse {number} {} -> {address}", from.name);

@@ -1,4 +1,5 @@
-//! The deliberate removal of everything of ours from the kernel, in the reverse of the order in which it came: routes, encryption, gate.
+//! The deliberate removal of everything of ours from the kernel, in the reverse of the order in which it came: routes, overlay,
+//! encryption, gate.
 //!
 //! The gate goes last, so that until the very end nothing protected can leave in the clear. The key, the last good directory and the
 //! announcement stay: they are the node's identity, not kernel state.
@@ -6,6 +7,7 @@
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use shroud_ebpf::Gate;
+use shroud_overlay::Overlay;
 use shroud_routing::Kernel;
 use shroud_tunnel::Tunnel;
 
@@ -48,6 +50,11 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
     let routes = kernel.remove();
     cleaned.removed.extend(routes.removed);
     cleaned.failures.extend(routes.errors.iter().map(ToString::to_string));
+
+    let mut overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
+    let devices = overlay.remove();
+    cleaned.removed.extend(devices.removed);
+    cleaned.failures.extend(devices.errors.iter().map(ToString::to_string));
 
     let tunnel = Tunnel::new(tunnel_options(config)).remove(device);
     cleaned.removed.extend(tunnel.removed);

@@ -8,10 +8,12 @@ mod value;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use shroud_model::{Mark, NodeName, Prefix};
+use shroud_ebpf::{MAX_OPEN_PORTS, Port};
+use shroud_model::{Mark, NodeName, OverlayFormat, OverlayKind, Prefix, Vni};
 
 pub(crate) use value::{Detect, Interval};
 
@@ -56,11 +58,15 @@ pub(crate) struct Config {
     #[serde(default)]
     pub(crate) routing: Routing,
 
-    /// How they are encrypted.
+    /// What is encrypted.
+    #[serde(default)]
+    pub(crate) encrypt: Encrypt,
+
+    /// How it is encrypted.
     #[serde(default)]
     pub(crate) encryption: Encryption,
 
-    /// What happens to those that are not.
+    /// What happens to what is not.
     #[serde(default)]
     pub(crate) gate: Gate,
 
@@ -73,11 +79,24 @@ pub(crate) struct Config {
 }
 
 /// How pod packets find the other node.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(crate) struct Routing {
-    /// `native`: a kernel route to each peer's pod prefix.
+    /// `native`: a kernel route to each peer's pod prefix. `vxlan`, `geneve`: an overlay to each peer that can receive it, and routes to the
+    /// others. `auto`: native where each peer is on this node's own link or both are `routable`, else VXLAN.
     pub(crate) mode: RoutingMode,
+
+    /// The overlay's number (VNI); the same on all nodes.
+    pub(crate) vni: Vni,
+
+    /// The UDP port of VXLAN; the same on all nodes.
+    pub(crate) vxlan_port: NonZeroU16,
+
+    /// The UDP port of Geneve; the same on all nodes.
+    pub(crate) geneve_port: NonZeroU16,
+
+    /// Whether the underlay delivers packets for this node's pods to it by itself. Told to the other nodes, for their `auto`.
+    pub(crate) routable: bool,
 }
 
 /// The ways a pod packet can reach the other node.
@@ -87,6 +106,24 @@ pub(crate) enum RoutingMode {
     /// The pod packet itself is routed to the node that owns its destination.
     #[default]
     Native,
+    /// It is wrapped in VXLAN (RFC 7348).
+    Vxlan,
+    /// It is wrapped in Geneve (RFC 8926).
+    Geneve,
+    /// Native where that needs nothing of the underlay, else VXLAN.
+    Auto,
+}
+
+/// What is encrypted besides the traffic between pods, which always is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(crate) struct Encrypt {
+    /// Traffic between nodes that both ask for it, and between such nodes and pods.
+    pub(crate) nodes: bool,
+
+    /// Traffic between two nodes from or to one of these ports stays as it is. It is what a node needs to come back after it lost its key:
+    /// the API server, DNS, and a way for people to log in; all but DNS encrypt by themselves. At most 16.
+    pub(crate) open_ports: BTreeSet<Port>,
 }
 
 /// How pod packets are encrypted.
@@ -185,6 +222,45 @@ pub(crate) struct DirectoryFile {
     /// Whether this node writes its own announcement there. Set to false when something else distributes the files.
     #[serde(default = "yes")]
     pub(crate) publish: bool,
+}
+
+impl Default for Routing {
+    fn default() -> Self {
+        Self {
+            mode: RoutingMode::default(),
+            vni: Vni::new(21320).expect("within 24 bits"),
+            vxlan_port: NonZeroU16::new(4789).expect("not zero"),
+            geneve_port: NonZeroU16::new(6081).expect("not zero"),
+            routable: false,
+        }
+    }
+}
+
+impl Routing {
+    /// The format of this node's overlay packets of a kind.
+    pub(crate) fn format(&self, kind: OverlayKind) -> OverlayFormat {
+        OverlayFormat {
+            kind,
+            vni: self.vni,
+            port: match kind {
+                OverlayKind::Vxlan => self.vxlan_port,
+                OverlayKind::Geneve => self.geneve_port,
+            },
+        }
+    }
+}
+
+impl Default for Encrypt {
+    fn default() -> Self {
+        let ports = ["tcp/22", "tcp/53", "udp/53", "tcp/6443"];
+        Self {
+            nodes: false,
+            open_ports: ports
+                .iter()
+                .map(|port| port.parse().expect("a protocol and a port"))
+                .collect(),
+        }
+    }
 }
 
 impl Default for Encryption {
@@ -360,6 +436,27 @@ impl Config {
             let reason = "is longer than WireGuard can count; give at most 65535s".to_owned();
             return Err(("encryption.keepalive", self.encryption.keepalive.to_string(), reason));
         }
+        for (key, port) in [
+            ("routing.vxlanPort", self.routing.vxlan_port),
+            ("routing.genevePort", self.routing.geneve_port),
+        ] {
+            if port.get() == self.encryption.listen_port {
+                let reason = "is the tunnel's port (`encryption.listenPort`); give each its own".to_owned();
+                return Err((key, port.to_string(), reason));
+            }
+        }
+        if self.routing.vxlan_port == self.routing.geneve_port {
+            let reason = "is also `routing.vxlanPort`; during a change of mode both are in use".to_owned();
+            return Err(("routing.genevePort", self.routing.geneve_port.to_string(), reason));
+        }
+        if self.encrypt.open_ports.len() > MAX_OPEN_PORTS {
+            let reason = format!("is more than the gate looks for; name at most {MAX_OPEN_PORTS}");
+            return Err((
+                "encrypt.openPorts",
+                format!("{} ports", self.encrypt.open_ports.len()),
+                reason,
+            ));
+        }
         if self.resync.is_zero() || self.resync.as_secs() > 300 {
             return Err((
                 "resync",
@@ -524,6 +621,23 @@ directory: { file: { path: /etc/shroud/nodes } }
                 "encryption: { keepalive: soon }",
                 "`encryption.keepalive` is \"soon\": \"soon\" is not a duration; write a number and a unit, such as 500ms, 25s, 5m or 1h",
             ),
+            (
+                "routing: { mode: gre }",
+                "`routing.mode` is \"gre\": unknown variant `gre`, expected one of `native`, `vxlan`, `geneve`, `auto`",
+            ),
+            (
+                "routing: { vni: 0 }",
+                "`routing.vni` is 0: VNI 0 is outside 1..=16777215",
+            ),
+            (
+                "routing: { vxlanPort: 6081 }",
+                "`routing.genevePort` is 6081: is also `routing.vxlanPort`",
+            ),
+            (
+                "routing: { genevePort: 51820 }",
+                "`routing.genevePort` is 51820: is the tunnel's port",
+            ),
+            ("encrypt: { openPorts: [http] }", "`encrypt.openPorts[0]` is \"http\""),
             ("resync: 0s", "`resync` is 0s: give 1ms to 300s"),
             (
                 "gate: { tunnelMark: 0x4000/0x4000 }",

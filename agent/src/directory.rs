@@ -204,6 +204,10 @@ fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record
             shroud_tunnel::Backend::Kernel => Backend::Kernel,
             shroud_tunnel::Backend::Userspace => Backend::Userspace,
         },
+        mode: presence.mode,
+        overlays: presence.overlays.clone(),
+        routable: config.routing.routable,
+        encrypts_nodes: config.encrypt.nodes,
     };
     Record {
         node: config.node.clone(),

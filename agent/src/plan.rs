@@ -2,22 +2,27 @@
 //!
 //! ```text
 //!   Config ─┐
-//!   Snapshot├─> plan() ─> Plan { tunnel, routing, gate }     no I/O, no clock, no memory
+//!   Snapshot├─> plan() ─> Plan { tunnel, overlay, routing, gate }     no I/O, no clock, no memory
 //!   Facts  ─┘
 //! ```
 //!
 //! Every peer that cannot be encrypted to is fenced: the gate knows its prefixes and drops what goes there. There is no plan in which
 //! a protected prefix is simply left out.
 
+pub(crate) mod nodes;
+pub(crate) mod overlay;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use shroud_keyd::announcement::Mode;
 use shroud_keyd::{NodeKey, Snapshot};
-use shroud_model::{Family, Mtu, NodeName, Prefix, PublicKey};
-use shroud_routing::{Facts, Hop, HopKind, Link, Route, Scope, Sysctl};
+use shroud_model::{Family, Mtu, NodeName, OverlayFormat, OverlayKind, Prefix, PublicKey};
+use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sysctl, Table};
 use shroud_tunnel::Backend;
 
+use self::overlay::{End, mesh_address};
 use crate::config::{Config, Detect, GateMode};
 
 /// Everything a plan depends on.
@@ -42,17 +47,24 @@ pub(crate) struct Surroundings {
     /// The encryption device's number, once it really is one that encrypts with this node's key. A device that only has the name would be
     /// a way out in the clear.
     pub(crate) encryption_device: Option<u32>,
+    /// The overlay devices of ours that exist.
+    pub(crate) overlay_devices: BTreeSet<String>,
 }
 
 /// What the kernel should look like, in each driver's own words.
 pub(crate) struct Plan {
     pub(crate) tunnel: shroud_tunnel::Desired,
+    pub(crate) overlay: shroud_overlay::Desired,
     pub(crate) routing: shroud_routing::Desired,
     pub(crate) gate: shroud_ebpf::Desired,
     /// The peers, as far as a reader of the status wants to know.
     pub(crate) peers: BTreeMap<NodeName, PlannedPeer>,
     /// This node's own addresses, as other nodes are told.
     pub(crate) addresses: BTreeSet<IpAddr>,
+    /// How this node sends pod packets where it can.
+    pub(crate) mode: Mode,
+    /// The overlay packets that this node can receive.
+    pub(crate) received: Vec<OverlayFormat>,
     /// What keeps the plan from being as good as the operator wished.
     pub(crate) problems: Vec<String>,
 }
@@ -63,9 +75,15 @@ pub(crate) struct PlannedPeer {
     pub(crate) public_key: PublicKey,
     /// The endpoint we would contact, or `None` when none of its endpoints can be reached from here.
     pub(crate) endpoint: Option<SocketAddr>,
-    /// The largest pod packet that goes through the tunnel to it.
+    /// The largest packet that goes through the tunnel to it.
+    pub(crate) tunnel_mtu: Mtu,
+    /// The largest pod packet that gets to it: less than the above where an overlay wraps it.
     pub(crate) mtu: Mtu,
+    /// The overlay that leads to it, or `None` where it is sent to natively.
+    pub(crate) overlay: Option<End>,
     pub(crate) pod_prefixes: BTreeSet<Prefix>,
+    /// Whether the traffic of the two nodes themselves is encrypted too.
+    pub(crate) encrypts_nodes: bool,
     pub(crate) problems: Vec<String>,
 }
 
@@ -130,11 +148,8 @@ pub(crate) fn node_addresses(config: &Config, facts: &Facts, uplinks: &BTreeSet<
 /// It sits on the encryption device and is the source of what the node itself sends to remote pods, so that this traffic is protected
 /// too. CNI plugins hand out neither the network address nor the one behind it (host-local IPAM), so it is nobody else's.
 pub(crate) fn mesh_addresses(config: &Config) -> BTreeMap<Family, IpAddr> {
-    let mut addresses = BTreeMap::new();
-    for prefix in &config.pod_prefixes {
-        addresses.entry(prefix.family()).or_insert(prefix.address());
-    }
-    addresses
+    let of_family = |family| Some((family, mesh_address(&config.pod_prefixes, family)?));
+    [Family::V4, Family::V6].into_iter().filter_map(of_family).collect()
 }
 
 /// Computes what the kernel should look like.
@@ -151,36 +166,44 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         hops,
         pod_devices,
         encryption_device,
+        overlay_devices,
     } = surroundings;
     let device = &config.encryption.device;
     let uplinks = uplinks(config, facts, hops);
     let addresses = node_addresses(config, facts, &uplinks);
     let mut problems = surrounding_problems(config, facts, &uplinks, &addresses);
+    let mode = overlay::mode(&config.routing, snapshot, hops);
+    let kinds = overlay::kinds(mode, snapshot);
 
-    let peers: BTreeMap<NodeName, PlannedPeer> = snapshot
-        .peers
-        .iter()
-        .map(|(name, peer)| (name.clone(), plan_peer(peer, &addresses, facts, hops, &uplinks)))
-        .collect();
-    let device_mtu = peers
-        .values()
-        .map(|peer| peer.mtu)
-        .max()
-        .unwrap_or_else(|| smallest_tunnel_mtu(facts, &uplinks));
-
-    let mut routes = BTreeSet::new();
-    for (name, planned) in &peers {
-        let node_addresses = &snapshot.peers[name].addresses;
-        for prefix in &planned.pod_prefixes {
-            routes.insert(route_to(*prefix, planned, node_addresses, config, hops, &uplinks));
+    let mut peers = BTreeMap::new();
+    for (name, peer) in &snapshot.peers {
+        let mut planned = plan_peer(config, peer, &addresses, facts, hops, &uplinks);
+        match overlay::end(config, mode, peer, &addresses, hops, overlay_devices) {
+            Ok(end) => planned.take(end),
+            Err(problem) => planned.problems.push(problem),
         }
+        peers.insert(name.clone(), planned);
     }
-    for prefix in &config.pod_prefixes {
-        let taken_over = routes.iter().any(|route| route.destination.overlaps(*prefix));
-        if taken_over {
-            problems.push(format!("a peer's pod prefix overlaps this node's own {prefix}"));
-        }
+    let smallest_tunnel = smallest_tunnel_mtu(facts, &uplinks);
+    let overlay = overlay::desired(config, &kinds, &addresses, &peers, smallest_tunnel);
+    for device in overlay.devices.values() {
+        problems.extend(device.conflicts().iter().map(ToString::to_string));
     }
+    // What overlays and encrypted nodes send through the tunnel has node addresses outside.
+    let nodes_in_the_tunnel = !kinds.is_empty() || config.encrypt.nodes;
+    let allowed_ips = |name: &NodeName, planned: &PlannedPeer| {
+        let mut allowed = planned.pod_prefixes.clone();
+        let others = snapshot.peers[name]
+            .addresses
+            .iter()
+            .filter(|address| !addresses.contains(*address));
+        allowed.extend(
+            others
+                .filter(|_| nodes_in_the_tunnel)
+                .map(|address| Prefix::host(*address)),
+        );
+        allowed
+    };
 
     Plan {
         tunnel: shroud_tunnel::Desired {
@@ -191,35 +214,91 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
             listen_port: config.encryption.listen_port,
             mark: config.gate.tunnel_mark,
             peers: peers
-                .values()
-                .map(|peer| (peer.public_key, tunnel_peer(peer, config)))
+                .iter()
+                .map(|(name, peer)| (peer.public_key, tunnel_peer(peer, allowed_ips(name, peer), config)))
                 .collect(),
         },
-        routing: shroud_routing::Desired {
-            links: BTreeMap::from([(
-                device.clone(),
-                Link {
-                    mtu: device_mtu,
-                    addresses: mesh_addresses(config).into_values().collect(),
-                },
-            )]),
-            routes,
-            sysctls: BTreeMap::from([
-                (Sysctl::Forwarding(Family::V4), "1".to_owned()),
-                (Sysctl::Forwarding(Family::V6), "1".to_owned()),
-                // Return routes point at the uplink, so a strict reverse-path check would drop every decrypted packet. The kernel uses
-                // the larger of the device's value and `all`, so only 2 (loose) says the same thing on every system.
-                (Sysctl::RpFilter(device.clone()), "2".to_owned()),
-            ]),
-        },
+        routing: routing(
+            config,
+            snapshot,
+            &peers,
+            &addresses,
+            hops,
+            &uplinks,
+            &kinds,
+            smallest_tunnel,
+            &mut problems,
+        ),
         gate: shroud_ebpf::Desired {
             uplinks,
             pod_devices: pod_devices.clone(),
-            table: gate_table(config, snapshot, *encryption_device),
+            encryption: Some(device.clone()),
+            table: gate_table(config, snapshot, &addresses, &kinds, *encryption_device),
         },
+        overlay,
+        received: overlay::received(&config.routing, &kinds, &addresses, overlay_devices),
+        mode,
         peers,
         addresses,
         problems,
+    }
+}
+
+/// Addresses of our device, the routes, and the kernel settings they need.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one place puts together what all others found out"
+)]
+fn routing(
+    config: &Config,
+    snapshot: &Snapshot,
+    peers: &BTreeMap<NodeName, PlannedPeer>,
+    addresses: &BTreeSet<IpAddr>,
+    hops: &BTreeMap<IpAddr, Hop>,
+    uplinks: &BTreeSet<String>,
+    kinds: &BTreeSet<OverlayKind>,
+    smallest_tunnel: Mtu,
+    problems: &mut Vec<String>,
+) -> shroud_routing::Desired {
+    let device = &config.encryption.device;
+    let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
+    for (name, planned) in peers {
+        let peer = &snapshot.peers[name];
+        for prefix in &planned.pod_prefixes {
+            routes.insert(route_to(*prefix, name, planned, &peer.addresses, config, hops, uplinks));
+        }
+        let (to_node, by) = nodes::routes(config, peer, planned, addresses, hops);
+        routes.extend(to_node);
+        rules.extend(by);
+    }
+    for prefix in &config.pod_prefixes {
+        if routes.iter().any(|route| route.destination.overlaps(*prefix)) {
+            problems.push(format!("a peer's pod prefix overlaps this node's own {prefix}"));
+        }
+    }
+    // Return routes point at the uplink, so a strict reverse-path check would drop every decrypted packet; and during a change of mode a
+    // peer answers by another way than it is asked. The kernel uses the larger of the device's value and `all`, so only 2 (loose) says
+    // the same thing on every system.
+    let overlay_devices = kinds.iter().flat_map(|kind| overlay::devices(*kind, addresses));
+    let loose = overlay_devices.map(|(device, _)| device).chain([device.as_str()]);
+    let mut sysctls: BTreeMap<Sysctl, String> = loose
+        .map(|device| (Sysctl::RpFilter(device.to_owned()), "2".to_owned()))
+        .collect();
+    sysctls.extend([Family::V4, Family::V6].map(|family| (Sysctl::Forwarding(family), "1".to_owned())));
+    let mtu = peers
+        .values()
+        .map(|peer| peer.tunnel_mtu)
+        .max()
+        .unwrap_or(smallest_tunnel);
+    let link = Link {
+        mtu,
+        addresses: mesh_addresses(config).into_values().collect(),
+    };
+    shroud_routing::Desired {
+        links: BTreeMap::from([(device.clone(), link)]),
+        routes,
+        rules,
+        sysctls,
     }
 }
 
@@ -256,6 +335,7 @@ fn surrounding_problems(
 }
 
 fn plan_peer(
+    config: &Config,
     peer: &shroud_keyd::Peer,
     own_addresses: &BTreeSet<IpAddr>,
     facts: &Facts,
@@ -298,9 +378,22 @@ fn plan_peer(
     PlannedPeer {
         public_key: peer.public_key,
         endpoint,
+        tunnel_mtu: mtu,
         mtu,
+        overlay: None,
         pod_prefixes: peer.pod_prefixes.clone(),
+        encrypts_nodes: nodes::are_encrypted(config, peer),
         problems,
+    }
+}
+
+impl PlannedPeer {
+    /// Sends to the peer through an overlay, if there is one.
+    fn take(&mut self, end: Option<End>) {
+        if let Some(end) = &end {
+            self.mtu = self.tunnel_mtu.inside_overlay(Family::of(end.remote));
+        }
+        self.overlay = end;
     }
 }
 
@@ -316,17 +409,41 @@ fn smallest_tunnel_mtu(facts: &Facts, uplinks: &BTreeSet<String>) -> Mtu {
     smallest.unwrap_or(Mtu::ETHERNET).inside_wireguard(Family::V6)
 }
 
-/// The route to a peer's pods: the way the kernel reaches the node itself, so that the uplink's gate sees the packet and turns it into the
+/// The route to a peer's pods: through the overlay where one leads there, else the way the kernel reaches the node itself, so that the uplink's gate sees the packet and turns it into the
 /// encryption device. The next hop is the node's own or the gateway before it, of the prefix's family; an IPv4 prefix may also go over an
 /// IPv6 next hop (RFC 5549). Where none is to be had, the encryption device itself is the way.
 fn route_to(
     prefix: Prefix,
+    node: &NodeName,
     peer: &PlannedPeer,
     node_addresses: &[IpAddr],
     config: &Config,
     hops: &BTreeMap<IpAddr, Hop>,
     uplinks: &BTreeSet<String>,
 ) -> Route {
+    let route = Route {
+        destination: prefix,
+        device: config.encryption.device.clone(),
+        via: None,
+        source: mesh_addresses(config).get(&prefix.family()).copied(),
+        mtu: Some(peer.mtu),
+        onlink: false,
+        encapsulation: None,
+        table: Table::Main,
+    };
+    if let Some(end) = &peer.overlay {
+        return Route {
+            device: end.device.to_owned(),
+            via: overlay::next_hop(node, &peer.pod_prefixes, prefix.family()),
+            onlink: prefix.family() == Family::V4,
+            encapsulation: (end.kind == OverlayKind::Geneve).then(|| Encapsulation {
+                id: config.routing.vni.number(),
+                source: end.local,
+                destination: end.remote,
+            }),
+            ..route
+        };
+    }
     let next_hop = |family: Family| {
         node_addresses
             .iter()
@@ -341,32 +458,34 @@ fn route_to(
         Family::V4 => next_hop(Family::V4).or_else(|| next_hop(Family::V6)),
         Family::V6 => next_hop(Family::V6),
     };
-    let (device, via) = match over_the_uplink {
-        Some((device, via)) => (device, Some(via)),
-        None => (config.encryption.device.clone(), None),
-    };
-    let source = mesh_addresses(config).get(&prefix.family()).copied();
-    Route {
-        destination: prefix,
-        device,
-        via,
-        source,
-        mtu: Some(peer.mtu),
+    match over_the_uplink {
+        Some((device, via)) => Route {
+            device,
+            via: Some(via),
+            ..route
+        },
+        None => route,
     }
 }
 
-fn tunnel_peer(peer: &PlannedPeer, config: &Config) -> shroud_tunnel::Peer {
+fn tunnel_peer(peer: &PlannedPeer, allowed_ips: BTreeSet<Prefix>, config: &Config) -> shroud_tunnel::Peer {
     let keepalive = *config.encryption.keepalive;
     shroud_tunnel::Peer {
         endpoint: peer.endpoint,
-        allowed_ips: peer.pod_prefixes.clone(),
+        allowed_ips,
         preshared_key: None,
         keepalive: (!keepalive.is_zero()).then_some(keepalive),
     }
 }
 
 /// The gate's table: what is protected, who owns it, and whether there is an encrypted path to the owner.
-fn gate_table(config: &Config, snapshot: &Snapshot, encryption_device: Option<u32>) -> shroud_ebpf::Table {
+fn gate_table(
+    config: &Config,
+    snapshot: &Snapshot,
+    own_addresses: &BTreeSet<IpAddr>,
+    kinds: &BTreeSet<OverlayKind>,
+    encryption_device: Option<u32>,
+) -> shroud_ebpf::Table {
     use shroud_ebpf::{Owner, Path, Table};
 
     let mut owners = BTreeMap::new();
@@ -414,8 +533,12 @@ fn gate_table(config: &Config, snapshot: &Snapshot, encryption_device: Option<u3
         protected: config.protected.clone(),
         owners,
         exempt: config.exempt.clone(),
-        vxlan_ports: BTreeSet::from([4789, 8472]),
-        geneve_ports: BTreeSet::from([6081]),
+        nodes: nodes::table(config, snapshot, own_addresses),
+        open_ports: config.encrypt.open_ports.clone(),
+        overlay: (!kinds.is_empty()).then(|| config.routing.vni.number()),
+        // The usual ports too: somebody else's overlay hides our pods' packets just as well.
+        vxlan_ports: BTreeSet::from([4789, 8472, config.routing.vxlan_port.get()]),
+        geneve_ports: BTreeSet::from([6081, config.routing.geneve_port.get()]),
     }
 }
 

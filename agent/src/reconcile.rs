@@ -15,8 +15,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use shroud_ebpf::Gate;
+use shroud_keyd::announcement::Mode;
 use shroud_keyd::directory::Origin;
 use shroud_keyd::{NodeKey, Snapshot};
+use shroud_model::OverlayFormat;
+use shroud_overlay::Overlay;
 use shroud_routing::{Hop, Kernel};
 use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
@@ -59,6 +62,9 @@ pub(crate) struct Mesh {
 pub(crate) struct Presence {
     pub(crate) addresses: BTreeSet<IpAddr>,
     pub(crate) backend: Backend,
+    pub(crate) mode: Mode,
+    /// The overlay packets that can be received.
+    pub(crate) overlays: Vec<OverlayFormat>,
 }
 
 /// Says "look again"; when the queue is full, somebody has said so already.
@@ -80,6 +86,7 @@ pub(crate) struct Reconciler {
     choice: Result<Choice, String>,
     gate: Gate,
     tunnel: Tunnel,
+    overlay: Overlay,
     kernel: Kernel,
     mesh: watch::Receiver<Mesh>,
     /// For whoever publishes the announcement.
@@ -139,6 +146,7 @@ impl Reconciler {
     ) -> anyhow::Result<Self> {
         let gate = Gate::open(&gate_options(&config)).context("load the gate")?;
         let tunnel = Tunnel::new(tunnel_options(&config));
+        let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
         let kernel = Kernel::open().context("open routing netlink")?;
         Ok(Self {
             config,
@@ -146,6 +154,7 @@ impl Reconciler {
             choice: Err("not asked yet".to_owned()),
             gate,
             tunnel,
+            overlay,
             kernel,
             mesh,
             presence,
@@ -206,6 +215,8 @@ impl Reconciler {
         let presence = Presence {
             addresses: plan.addresses.clone(),
             backend: plan.tunnel.backend,
+            mode: plan.mode,
+            overlays: plan.received.clone(),
         };
         self.presence.send_if_modified(|published| {
             let differs = published.as_ref() != Some(&presence);
@@ -253,21 +264,25 @@ impl Reconciler {
         };
     }
 
-    /// Gate, tunnel, routing, in this order. Where that changed the tunnel, gate and routes are planned again: the number of a new
-    /// encryption device is part of both.
+    /// Gate, tunnel, overlay, routing, in this order; overlay devices go only when no route leads to them any more. Where that changed a
+    /// device, gate and routes are planned again: its number and its presence are part of both.
     fn converge(&mut self, snapshot: &Snapshot, report: &mut Report) -> anyhow::Result<(Plan, Surroundings)> {
         let surroundings = self.look(snapshot)?;
         let plan = self.plan(snapshot, &surroundings);
         self.ensure_gate(&plan.gate, report);
         let tunnel_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
-        if !tunnel_changed {
+        let overlay_changed = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
+        if !tunnel_changed && !overlay_changed {
             self.ensure_routing(&plan.routing, report);
+            self.ensure_overlay(&plan.overlay, &|_| true, report);
             return Ok((plan, surroundings));
         }
         let surroundings = self.look(snapshot)?;
         let plan = self.plan(snapshot, &surroundings);
+        self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         self.ensure_routing(&plan.routing, report);
         self.ensure_gate(&plan.gate, report);
+        self.ensure_overlay(&plan.overlay, &|_| true, report);
         Ok((plan, surroundings))
     }
 
@@ -319,6 +334,7 @@ impl Reconciler {
             .kernel
             .devices_for(&self.config.pod_prefixes, &not_pods)
             .context("look for pods' devices")?;
+        let overlay = self.overlay.observe().context("look at overlay devices")?;
         let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
         let encryption_device = encryption_device.filter(|_| self.encrypts_with_our_key());
         Ok(Surroundings {
@@ -326,6 +342,7 @@ impl Reconciler {
             hops,
             pod_devices,
             encryption_device,
+            overlay_devices: overlay.devices.into_keys().collect(),
         })
     }
 
@@ -375,6 +392,32 @@ impl Reconciler {
         !changes.is_empty()
     }
 
+    /// Does those changes that are `wanted` now. Answers whether any was tried.
+    fn ensure_overlay(
+        &mut self,
+        desired: &shroud_overlay::Desired,
+        wanted: &dyn Fn(&shroud_overlay::Change) -> bool,
+        report: &mut Report,
+    ) -> bool {
+        let observed = match self.overlay.observe() {
+            Ok(observed) => observed,
+            Err(error) => {
+                report.fail("overlay", &error.into());
+                return false;
+            }
+        };
+        let mut tried = false;
+        for change in shroud_overlay::diff(desired, &observed)
+            .iter()
+            .filter(|change| wanted(change))
+        {
+            tried = true;
+            let result = self.overlay.apply(change).map_err(Into::into);
+            report.note("overlay", change, result);
+        }
+        tried
+    }
+
     fn ensure_routing(&mut self, desired: &shroud_routing::Desired, report: &mut Report) {
         let observed = match self.kernel.observe(desired) {
             Ok(observed) => observed,
@@ -384,6 +427,21 @@ impl Reconciler {
             let result = self.kernel.apply(&change).map_err(Into::into);
             report.note("routing", &change, result);
         }
+    }
+}
+
+/// Whether a step of the overlay takes nothing away that a route may still lead to.
+fn is_no_removal(change: &shroud_overlay::Change) -> bool {
+    use shroud_overlay::Change;
+
+    match change {
+        Change::CreateDevice { .. }
+        | Change::SetDevice { .. }
+        | Change::SetForwarding { .. }
+        | Change::SetNeighbour { .. } => true,
+        // To be made anew in the same pass.
+        Change::RemoveDevice { because, .. } => !because.is_empty(),
+        Change::RemoveForwarding { .. } | Change::RemoveNeighbour { .. } => false,
     }
 }
 

@@ -89,7 +89,17 @@ pub(crate) fn peers(status: &Status, wide: bool) -> String {
 }
 
 fn peer_table(status: &Status, wide: bool) -> String {
-    let mut head = vec!["NODE", "BACKEND", "ENDPOINT", "HANDSHAKE", "RX", "TX", "MTU", "KEY"];
+    let mut head = vec![
+        "NODE",
+        "BACKEND",
+        "MODE",
+        "ENDPOINT",
+        "HANDSHAKE",
+        "RX",
+        "TX",
+        "MTU",
+        "KEY",
+    ];
     if wide {
         head.push("PODS");
     }
@@ -108,6 +118,7 @@ fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
     let mut row = vec![
         peer.node.to_string(),
         peer.backend.clone(),
+        peer.mode.clone(),
         peer.endpoint
             .map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
         peer.handshake_age_seconds.map_or_else(|| "never".to_owned(), age),

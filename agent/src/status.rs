@@ -34,6 +34,7 @@ pub(crate) struct Status {
     pub(crate) fingerprint: String,
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) pod_prefixes: Vec<Prefix>,
+    pub(crate) routing: RoutingStatus,
     pub(crate) encryption: EncryptionStatus,
     pub(crate) gate: GateStatus,
     pub(crate) directory: DirectoryStatus,
@@ -42,6 +43,16 @@ pub(crate) struct Status {
     pub(crate) pass: PassStatus,
     /// What needs a look, most pressing first.
     pub(crate) problems: Vec<String>,
+}
+
+/// How pod packets find the other nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RoutingStatus {
+    /// How they are sent to peers that can receive them so: `native`, `vxlan` or `geneve`.
+    pub(crate) mode: String,
+    /// The overlay packets that this node can receive, as `kind:vni:port`.
+    pub(crate) receives: Vec<String>,
 }
 
 /// Which WireGuard encrypts, and why that one.
@@ -92,8 +103,12 @@ pub(crate) struct PeerStatus {
     pub(crate) handshake_age_seconds: Option<f64>,
     pub(crate) rx_bytes: u64,
     pub(crate) tx_bytes: u64,
+    /// How pod packets are sent to it: `native`, `vxlan` or `geneve`.
+    pub(crate) mode: String,
     pub(crate) mtu: Mtu,
     pub(crate) pod_prefixes: Vec<Prefix>,
+    /// Whether the traffic of the two nodes themselves is encrypted too.
+    pub(crate) encrypts_nodes: bool,
     pub(crate) problems: Vec<String>,
 }
 

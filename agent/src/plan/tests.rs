@@ -8,6 +8,7 @@ use shroud_model::PrivateKey;
 use shroud_routing::{Address, LinkFacts};
 
 use super::*;
+use crate::config::RoutingMode;
 
 #[test]
 fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
@@ -199,6 +200,207 @@ proptest! {
     }
 }
 
+/// Node b on the link, which can receive VXLAN and Geneve.
+fn with_overlay(mode: RoutingMode) -> World {
+    let devices = ["shroud.vxlan", "shroud.vxlan6", "shroud.geneve"];
+    World::new()
+        .configured(|config| config.routing.mode = mode)
+        .devices(&devices)
+        .peer(
+            "b",
+            2,
+            &["172.18.0.2", "fd18::2"],
+            &["10.244.2.0/24", "fd00:10:244:2::/64"],
+        )
+        .announcing("b", |b| {
+            b.overlays = ["vxlan:21320:4789", "geneve:21320:6081"]
+                .map(|format| format.parse().unwrap())
+                .into();
+        })
+}
+
+#[test]
+fn vxlan_wraps_what_goes_to_a_peer_that_receives_it() {
+    let plan = with_overlay(RoutingMode::Vxlan).plan();
+
+    assert_eq!(
+        shown(&plan),
+        [
+            "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan onlink src 10.244.1.0 mtu 1390",
+            "fd00:10:244:2::/64 via fe80::5cc6:dfff:fe4c:8601 dev shroud.vxlan src fd00:10:244:1:: mtu 1390",
+        ]
+    );
+    let device = &plan.overlay.devices["shroud.vxlan"];
+    assert_eq!((device.local, device.mtu.bytes()), (ip("172.18.0.1"), 1390));
+    let vtep = device.vteps.first().unwrap();
+    assert_eq!(vtep.underlay, ip("172.18.0.2"));
+    assert_eq!(
+        vtep.addresses,
+        [ip("10.244.2.0"), ip("fe80::5cc6:dfff:fe4c:8601")].into()
+    );
+    assert!(plan.overlay.devices["shroud.vxlan6"].vteps.is_empty());
+    assert_eq!(plan.routing.links["shroud0"].mtu.bytes(), 1440);
+    assert_eq!(
+        plan.tunnel.peers[&key(2)].allowed_ips,
+        prefixes(&["10.244.2.0/24", "172.18.0.2/32", "fd00:10:244:2::/64", "fd18::2/128"])
+    );
+    assert_eq!(plan.gate.table.overlay, Some(21320));
+}
+
+#[test]
+fn geneve_routes_carry_the_way_to_the_peer() {
+    let plan = with_overlay(RoutingMode::Geneve).plan();
+
+    let route = plan.routing.routes.first().unwrap();
+    assert_eq!((route.device.as_str(), route.onlink), ("shroud.geneve", true));
+    let encapsulation = route.encapsulation.as_ref().unwrap();
+    assert_eq!(
+        (encapsulation.id, encapsulation.source, encapsulation.destination),
+        (21320, ip("172.18.0.1"), ip("172.18.0.2"))
+    );
+}
+
+#[test]
+fn an_ipv6_underlay_has_a_vxlan_device_of_its_own() {
+    let mut world = with_overlay(RoutingMode::Vxlan).announcing("b", |b| b.addresses = vec![ip("fd18::2")]);
+    world.snapshot.peers.get_mut(&name("b")).unwrap().endpoints = vec!["[fd18::2]:51820".parse().unwrap()];
+
+    assert_eq!(
+        shown(&world.plan())[0],
+        "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan6 onlink src 10.244.1.0 mtu 1350"
+    );
+}
+
+#[test]
+fn whoever_has_not_announced_an_overlay_is_sent_to_natively() {
+    let silent = with_overlay(RoutingMode::Vxlan).announcing("b", |b| b.overlays.clear());
+    let elsewhere =
+        with_overlay(RoutingMode::Vxlan).announcing("b", |b| b.overlays = vec!["vxlan:7:4789".parse().unwrap()]);
+    let missing = with_overlay(RoutingMode::Vxlan).devices(&[]);
+
+    for world in [&silent, &elsewhere, &missing] {
+        assert_eq!(
+            shown(&world.plan())[0],
+            "10.244.2.0/24 via 172.18.0.2 dev eth0 src 10.244.1.0 mtu 1440"
+        );
+    }
+    assert_eq!(silent.plan().peers[&name("b")].problems, [""; 0]);
+    assert_eq!(
+        elsewhere.plan().peers[&name("b")].problems,
+        [
+            "it receives vxlan:7:4789, this node sends vxlan:21320:4789, so it is sent to natively: give both the same `routing.vni` and port"
+        ]
+    );
+}
+
+#[test]
+fn a_node_receives_what_its_peers_send_and_says_so_once_its_device_is_there() {
+    let world = |devices: &[&str]| {
+        with_overlay(RoutingMode::Native)
+            .announcing("b", |b| b.mode = Mode::Vxlan)
+            .devices(devices)
+    };
+
+    let before = world(&[]).plan();
+    let after = world(&["shroud.vxlan", "shroud.vxlan6"]).plan();
+
+    assert_eq!(
+        before.overlay.devices.keys().collect::<Vec<_>>(),
+        ["shroud.vxlan", "shroud.vxlan6"]
+    );
+    assert_eq!((before.received.len(), before.mode), (0, Mode::Native));
+    assert_eq!(after.received, ["vxlan:21320:4789".parse().unwrap()]);
+    assert_eq!(shown(&after), shown(&before));
+    assert!(with_overlay(RoutingMode::Native).plan().overlay.devices.is_empty());
+}
+
+#[test]
+fn auto_stays_native_where_the_underlay_needs_to_know_nothing() {
+    let near = with_overlay(RoutingMode::Auto);
+    let mut far = with_overlay(RoutingMode::Auto);
+    for hop in far.surroundings.hops.values_mut() {
+        hop.via = Some(ip("172.18.0.254"));
+    }
+    let routable = |world: World| {
+        world
+            .configured(|config| config.routing.routable = true)
+            .announcing("b", |b| b.routable = true)
+    };
+
+    assert_eq!(near.plan().mode, Mode::Native);
+    assert_eq!(far.plan().mode, Mode::Vxlan);
+    assert_eq!(routable(far).plan().mode, Mode::Native);
+}
+
+/// Node b, which encrypts the traffic of nodes as this one does.
+fn with_nodes() -> World {
+    World::new()
+        .configured(|config| config.encrypt.nodes = true)
+        .peer("b", 2, &["172.18.0.2"], &["10.244.2.0/24"])
+        .announcing("b", |b| b.encrypts_nodes = true)
+}
+
+#[test]
+fn traffic_of_nodes_is_encrypted_once_both_ask_for_it() {
+    use shroud_ebpf::NodePath;
+
+    let path = |world: &World, address: &str| world.plan().gate.table.nodes[&ip(address)].path;
+    let both = with_nodes();
+    let only_us = with_nodes().announcing("b", |b| b.encrypts_nodes = false);
+    let only_them = with_nodes().configured(|config| config.encrypt.nodes = false);
+
+    assert_eq!(
+        (path(&both, "172.18.0.2"), path(&both, "172.18.0.1")),
+        (NodePath::Encrypted, NodePath::LocalProtected)
+    );
+    assert_eq!(
+        (path(&only_us, "172.18.0.2"), path(&only_us, "172.18.0.1")),
+        (NodePath::Open, NodePath::LocalProtected)
+    );
+    assert_eq!(
+        (path(&only_them, "172.18.0.2"), path(&only_them, "172.18.0.1")),
+        (NodePath::Open, NodePath::LocalOpen)
+    );
+    assert_eq!(
+        shown(&both.plan()),
+        [
+            "10.244.2.0/24 via 172.18.0.2 dev eth0 src 10.244.1.0 mtu 1440",
+            "172.18.0.2/32 dev eth0 mtu 1440 table 83",
+        ]
+    );
+    assert_eq!(both.plan().routing.rules.len(), 1);
+    assert_eq!(
+        both.plan().tunnel.peers[&key(2)].allowed_ips,
+        prefixes(&["10.244.2.0/24", "172.18.0.2/32"])
+    );
+    assert!(only_them.plan().routing.rules.is_empty());
+}
+
+#[test]
+fn a_refused_node_is_fenced_where_nodes_are_encrypted_and_only_there() {
+    use shroud_ebpf::NodePath;
+
+    let fenced = with_nodes().refused("c", &[]).plan().gate.table.nodes;
+    let open = World::new().refused("c", &[]).plan().gate.table.nodes;
+
+    assert_eq!(fenced[&ip("172.18.0.66")].path, NodePath::Fenced);
+    assert!(!open.contains_key(&ip("172.18.0.66")));
+}
+
+#[test]
+fn nobody_is_believed_to_have_this_nodes_own_address() {
+    let world = with_nodes().announcing("b", |b| b.addresses.push(ip("172.18.0.1")));
+
+    let plan = world.plan();
+
+    assert_eq!(plan.gate.table.nodes[&ip("172.18.0.1")].node, name("a").id());
+    assert!(
+        !plan.tunnel.peers[&key(2)]
+            .allowed_ips
+            .contains(&prefix("172.18.0.1/32"))
+    );
+}
+
 /// Node a with one uplink of both families, and who else is known.
 struct World {
     config: Config,
@@ -242,8 +444,27 @@ directory: { file: { path: /nodes } }
                 hops: BTreeMap::new(),
                 pod_devices: BTreeSet::new(),
                 encryption_device: Some(7),
+                overlay_devices: BTreeSet::new(),
             },
         }
+    }
+
+    /// What the configuration says besides.
+    fn configured(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// The overlay devices of ours that exist.
+    fn devices(mut self, names: &[&str]) -> Self {
+        self.surroundings.overlay_devices = names.iter().map(|&name| name.to_owned()).collect();
+        self
+    }
+
+    /// What a peer announces besides.
+    fn announcing(mut self, node: &str, change: impl FnOnce(&mut Peer)) -> Self {
+        change(self.snapshot.peers.get_mut(&name(node)).unwrap());
+        self
     }
 
     /// A peer on the link of eth0.
@@ -262,6 +483,10 @@ directory: { file: { path: /nodes } }
             addresses,
             epoch: 1,
             backend: shroud_keyd::announcement::Backend::Userspace,
+            mode: Mode::Native,
+            overlays: Vec::new(),
+            routable: false,
+            encrypts_nodes: false,
         };
         self.snapshot.peers.insert(name(node), peer);
         self
@@ -271,6 +496,7 @@ directory: { file: { path: /nodes } }
         let refused = Refused {
             reasons: vec![Reason::NoAnnouncement],
             pod_prefixes: prefixes(pods),
+            addresses: vec![ip("172.18.0.66")],
         };
         self.snapshot.refused.insert(name(node), refused);
         self

@@ -18,8 +18,8 @@ use crate::plan::{Plan, PlannedPeer};
 use crate::rates::verdict;
 use crate::serve::Request;
 use crate::status::{
-    EncryptionStatus, Explanation, GateCounters, GateStatus, PassStatus, PeerStatus, RefusedStatus, Status, VERSION,
-    Verdict,
+    EncryptionStatus, Explanation, GateCounters, GateStatus, PassStatus, PeerStatus, RefusedStatus, RoutingStatus,
+    Status, VERSION, Verdict,
 };
 
 /// A peer that has not shaken hands for this long has no session (REJECT_AFTER_TIME, WireGuard whitepaper §6.1).
@@ -92,6 +92,10 @@ impl Reconciler {
             fingerprint: self.key.public.fingerprint(),
             addresses: last.plan.addresses.iter().copied().collect(),
             pod_prefixes: self.config.pod_prefixes.iter().copied().collect(),
+            routing: RoutingStatus {
+                mode: last.plan.mode.to_string(),
+                receives: last.plan.received.iter().map(ToString::to_string).collect(),
+            },
             encryption: EncryptionStatus {
                 backend: self
                     .choice
@@ -299,8 +303,14 @@ fn peer_status(
         handshake_age_seconds: age.map(|age| age.as_secs_f64()),
         rx_bytes: seen.map_or(0, |peer| peer.rx_bytes),
         tx_bytes: seen.map_or(0, |peer| peer.tx_bytes),
+        mode: planned
+            .overlay
+            .as_ref()
+            .map_or("native", |end| end.kind.name())
+            .to_owned(),
         mtu: planned.mtu,
         pod_prefixes: planned.pod_prefixes.iter().copied().collect(),
+        encrypts_nodes: planned.encrypts_nodes,
         problems,
     }
 }

@@ -9,7 +9,7 @@ use shroud_lab::{AgentOptions, Family, Protocol};
 use crate::mesh::{Mesh, SHROUD};
 
 /// Packets under the counters that match all of these fields.
-fn packets(gate: &Value, fields: &[(&str, &str)]) -> u64 {
+pub(crate) fn packets(gate: &Value, fields: &[(&str, &str)]) -> u64 {
     let counters = gate["counters"].as_array().into_iter().flatten();
     let matching = counters.filter(|counter| fields.iter().all(|(field, value)| counter[*field] == *value));
     matching.filter_map(|counter| counter["packets"].as_u64()).sum()

@@ -19,6 +19,8 @@ mod explain;
 mod faults;
 mod gate;
 mod mesh;
+mod nodes;
+mod overlay;
 mod reconcile;
 mod refused;
 mod secrets;

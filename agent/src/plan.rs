@@ -215,6 +215,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         gate: shroud_ebpf::Desired {
             uplinks,
             pod_devices: pod_devices.clone(),
+            encryption: None,
             table: gate_table(config, snapshot, *encryption_device),
         },
         peers,
@@ -416,6 +417,9 @@ fn gate_table(config: &Config, snapshot: &Snapshot, encryption_device: Option<u3
         exempt: config.exempt.clone(),
         vxlan_ports: BTreeSet::from([4789, 8472]),
         geneve_ports: BTreeSet::from([6081]),
+        nodes: BTreeMap::new(),
+        overlay: None,
+        open_ports: BTreeSet::new(),
     }
 }
 

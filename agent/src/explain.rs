@@ -349,6 +349,8 @@ fn why(reason: Reason) -> &'static str {
         Reason::Overlay => "it is protected traffic inside an overlay packet",
         Reason::ClearText => "it comes in the clear from another node's pod address",
         Reason::SpoofedSource => "it comes from the underlay with the address of a pod of this node",
+        Reason::OpenPort => "it is between nodes, and its port stays open",
+        Reason::Decrypted => "it came out of the tunnel, and from whom it says",
         Reason::Malformed => "it says it is IP and cannot be read",
     }
 }

@@ -83,6 +83,7 @@ pub(crate) fn direction(direction: Direction) -> &'static str {
     match direction {
         Direction::Egress => "egress",
         Direction::Ingress => "ingress",
+        Direction::Decrypted => "decrypted",
     }
 }
 
@@ -93,7 +94,13 @@ pub(crate) fn verdict(counter: &Counter) -> &'static str {
     }
     match counter.reason {
         Reason::Encrypted => "encrypt",
-        Reason::NotIp | Reason::Unprotected | Reason::Tunnel | Reason::Plain | Reason::Off => "pass",
+        Reason::NotIp
+        | Reason::Unprotected
+        | Reason::Tunnel
+        | Reason::Plain
+        | Reason::Off
+        | Reason::OpenPort
+        | Reason::Decrypted => "pass",
         Reason::UnknownNode
         | Reason::Local
         | Reason::Fenced

@@ -62,6 +62,8 @@ pub enum Hook {
     Ingress,
     /// What comes in from a pod.
     Pod,
+    /// What the encryption device has decrypted.
+    Decrypted,
 }
 
 impl fmt::Display for Mechanism {
@@ -79,6 +81,7 @@ impl fmt::Display for Hook {
             Self::Egress => "egress",
             Self::Ingress => "ingress",
             Self::Pod => "pod",
+            Self::Decrypted => "decrypted",
         })
     }
 }
@@ -96,7 +99,7 @@ impl Attach {
 }
 
 impl Hook {
-    pub(crate) const ALL: [Self; 3] = [Self::Egress, Self::Ingress, Self::Pod];
+    pub(crate) const ALL: [Self; 4] = [Self::Egress, Self::Ingress, Self::Pod, Self::Decrypted];
 
     /// The program for this hook on such a device.
     pub(crate) fn program(self, link: Link) -> &'static str {
@@ -107,6 +110,8 @@ impl Hook {
             (Self::Egress, Link::Ip) => "shroud_l3_out",
             (Self::Ingress, Link::Ip) => "shroud_l3_in",
             (Self::Pod, Link::Ip) => "shroud_l3_pod",
+            (Self::Decrypted, Link::Ethernet) => "shroud_decrypt",
+            (Self::Decrypted, Link::Ip) => "shroud_l3_decr",
         }
     }
 
@@ -115,13 +120,14 @@ impl Hook {
             Self::Egress => TcHandle::new(HANDLE, 1),
             Self::Ingress => TcHandle::new(HANDLE, 2),
             Self::Pod => TcHandle::new(HANDLE, 3),
+            Self::Decrypted => TcHandle::new(HANDLE, 4),
         }
     }
 
     fn side(self) -> Side {
         match self {
             Self::Egress => Side::Egress,
-            Self::Ingress | Self::Pod => Side::Ingress,
+            Self::Ingress | Self::Pod | Self::Decrypted => Side::Ingress,
         }
     }
 

@@ -12,6 +12,8 @@ pub struct Desired {
     pub uplinks: BTreeSet<String>,
     /// Devices to pods, by name: the gate marks what comes in there.
     pub pod_devices: BTreeSet<String>,
+    /// The encryption device, by name: the gate checks what comes out of it. `None` while there is none.
+    pub encryption: Option<String>,
     /// What the gate decides by.
     pub table: Table,
 }
@@ -87,11 +89,12 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
             missing: observed.missing_pins.clone(),
         });
     }
-    if observed.table.as_ref() != Some(&desired.table) {
+    let table = desired.table.settled();
+    if observed.table.as_ref() != Some(&table) {
         let old = observed.table.clone().map(Box::new);
         changes.push(Change::ReplaceTable {
             old,
-            new: Box::new(desired.table.clone()),
+            new: Box::new(table),
         });
     }
     let wanted = attachments(desired, observed.mechanism);
@@ -125,7 +128,8 @@ fn attachments(desired: &Desired, mechanism: Mechanism) -> BTreeSet<Attachment> 
         .iter()
         .flat_map(|device| [place(device, Hook::Egress), place(device, Hook::Ingress)]);
     let pods = desired.pod_devices.iter().map(|device| place(device, Hook::Pod));
-    uplinks.chain(pods).collect()
+    let encryption = desired.encryption.iter().map(|device| place(device, Hook::Decrypted));
+    uplinks.chain(pods).chain(encryption).collect()
 }
 
 impl fmt::Display for Attachment {

@@ -171,4 +171,18 @@ pub enum Error {
         /// How many fit.
         most: usize,
     },
+    /// More open ports than the maps hold.
+    #[error("put {given} open ports into the gate's table: give at most {most}, none of them 0")]
+    OpenPorts {
+        /// How many were given.
+        given: usize,
+        /// How many fit.
+        most: usize,
+    },
+    /// A VNI that is none.
+    #[error("put VNI {vni} into the gate's table: give one below 16777216")]
+    Vni {
+        /// What was given.
+        vni: u32,
+    },
 }

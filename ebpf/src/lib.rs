@@ -18,6 +18,7 @@ mod event;
 mod gate;
 mod object;
 mod pin;
+mod port;
 mod table;
 
 pub use attachment::{Attach, Hook, Mechanism};
@@ -25,5 +26,6 @@ pub use diff::{Attachment, Build, Change, Desired, Observed, diff};
 pub use error::Error;
 pub use event::{Counter, Event};
 pub use gate::{Gate, Options, Removed};
+pub use port::{InvalidPort, MAX_OPEN_PORTS, Port, Transport};
 pub use shroud_gate::{Action, Direction, Reason, Verdict};
-pub use table::{Facts, Mode, Owner, Path, Table, decide};
+pub use table::{Facts, Mode, Node, NodePath, Owner, Path, Table, decide};

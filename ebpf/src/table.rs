@@ -7,12 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use shroud_gate::{
-    Address, Direction, Entry, Flow, LAYOUT_VERSION, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, PATH_ENCRYPTED,
-    PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, Packet, Settings, Shape, Upper, Verdict, flag,
+    Address, Direction, Entry, Flow, LAYOUT_VERSION, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, NO_OVERLAY,
+    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, Packet, Settings, Shape, Upper, Verdict, flag,
 };
 use shroud_model::{Mark, NodeId, Prefix};
 
 use crate::Error;
+use crate::port::{self, Port};
 
 /// What the gate does with protected traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,6 +46,30 @@ pub struct Owner {
     pub path: Path,
 }
 
+/// Whose an address of the underlay is, and what that means for traffic to the node itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Node {
+    /// The node.
+    pub node: NodeId,
+    /// How traffic gets there.
+    pub path: NodePath,
+}
+
+/// How traffic to a node itself travels. It is protected between two addresses that both have a protected path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NodePath {
+    /// This node's own address; its own traffic is not protected.
+    LocalOpen,
+    /// This node's own address; its own traffic is protected.
+    LocalProtected,
+    /// Another node's, known so that what comes out of the tunnel can be checked; traffic to it is not protected.
+    Open,
+    /// Another node's, protected: through the encryption device.
+    Encrypted,
+    /// Another node's, protected, and shut: drop.
+    Fenced,
+}
+
 /// One generation of the gate's maps; pure data, comparable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
@@ -62,12 +87,20 @@ pub struct Table {
     pub protected: BTreeSet<Prefix>,
     /// Whose each prefix is; the longest one counts.
     pub owners: BTreeMap<Prefix, Owner>,
+    /// Nodes' addresses in the underlay. An owner of the same single address means nothing beside a node.
+    pub nodes: BTreeMap<IpAddr, Node>,
     /// Ranges that the cluster's configuration exempts.
     pub exempt: BTreeSet<Prefix>,
     /// UDP destination ports that carry VXLAN, at most four.
     pub vxlan_ports: BTreeSet<u16>,
     /// UDP destination ports that carry Geneve, at most four.
     pub geneve_ports: BTreeSet<u16>,
+    /// The VNI, 24 bits, of the overlay that carries protected traffic between the nodes of the mesh; `None` if none does. The ports
+    /// above say what an overlay packet is.
+    pub overlay: Option<u32>,
+    /// Traffic between nodes from or to these ports stays in the clear, so that a node can always be healed (API server, name server,
+    /// SSH); at most [`crate::MAX_OPEN_PORTS`].
+    pub open_ports: BTreeSet<Port>,
 }
 
 /// What lies in the maps for one generation.
@@ -78,6 +111,15 @@ pub(crate) struct Encoded {
 }
 
 impl Table {
+    /// The table as the maps can hold it: where an owner and a node claim the same single address, it is the node's.
+    pub(crate) fn settled(&self) -> Self {
+        let mut table = self.clone();
+        table.owners.retain(|prefix, _| {
+            *prefix != Prefix::host(prefix.address()) || !self.nodes.contains_key(&prefix.address())
+        });
+        table
+    }
+
     /// Translates to what lies in the maps.
     pub(crate) fn encode(&self) -> Result<Encoded, Error> {
         let mode = match self.mode {
@@ -93,6 +135,8 @@ impl Table {
             tunnel_mask: self.tunnel_mark.mask(),
             plain_mark: self.plain_mark.value(),
             plain_mask: self.plain_mark.mask(),
+            overlay: encode_overlay(self.overlay)?,
+            open_ports: port::encode(&self.open_ports)?,
             listen_port: self.listen_port.to_be_bytes(),
             reserved: [0; 2],
             vxlan_ports: encode_ports("VXLAN", &self.vxlan_ports)?,
@@ -104,6 +148,7 @@ impl Table {
             .chain(self.owners.keys())
             .chain(&self.exempt)
             .copied()
+            .chain(self.nodes.keys().copied().map(Prefix::host))
             .collect();
         let entries = prefixes
             .into_iter()
@@ -138,12 +183,54 @@ impl Table {
             Some(Path::Encrypted) => PATH_ENCRYPTED,
             Some(Path::Fenced) => PATH_FENCED,
         };
-        Entry {
+        let entry = Entry {
             node: owner.map_or(0, |owner| owner.node.0),
             path,
             flags,
             reserved: [0; 6],
+        };
+        match self.nodes.get(&prefix.address()) {
+            Some(node) if prefix == Prefix::host(prefix.address()) => node.over(entry),
+            Some(_) | None => entry,
         }
+    }
+}
+
+impl Node {
+    const PROTECTED: u8 = flag::NODE | flag::DECLARED_PROTECTED_NODE | flag::PROTECTED;
+
+    /// The entry of this node's address, over all that holds for the address anyway.
+    fn over(self, entry: Entry) -> Entry {
+        let (path, flags) = match self.path {
+            NodePath::LocalOpen => (PATH_LOCAL, flag::NODE),
+            NodePath::LocalProtected => (PATH_LOCAL, Self::PROTECTED),
+            NodePath::Open => (PATH_NONE, flag::NODE),
+            NodePath::Encrypted => (PATH_ENCRYPTED, Self::PROTECTED),
+            NodePath::Fenced => (PATH_FENCED, Self::PROTECTED),
+        };
+        Entry {
+            node: self.node.0,
+            path,
+            flags: entry.flags & !flag::DECLARED_OWNER | flags,
+            reserved: [0; 6],
+        }
+    }
+
+    /// Translates back.
+    fn decode(entry: &Entry) -> Option<Self> {
+        let is_protected = entry.flags & flag::DECLARED_PROTECTED_NODE != 0;
+        let path = match (entry.path, is_protected) {
+            (PATH_LOCAL, false) => NodePath::LocalOpen,
+            (PATH_LOCAL, true) => NodePath::LocalProtected,
+            (PATH_NONE, false) => NodePath::Open,
+            (PATH_ENCRYPTED, true) => NodePath::Encrypted,
+            (PATH_FENCED, true) => NodePath::Fenced,
+            _ => return None,
+        };
+        Some(Self {
+            node: NodeId(entry.node),
+            path,
+        })
     }
 }
 
@@ -180,6 +267,9 @@ impl Encoded {
         let owners: Option<BTreeMap<_, _>> = declared(flag::DECLARED_OWNER)
             .map(|(prefix, entry)| Some((*prefix, owner(entry)?)))
             .collect();
+        let nodes: Option<BTreeMap<_, _>> = declared(flag::NODE)
+            .map(|(prefix, entry)| Some((prefix.address(), Node::decode(entry)?)))
+            .collect();
         let table = Table {
             mode,
             encryption_device: Some(self.settings.encryption_device).filter(|index| *index != 0),
@@ -188,12 +278,24 @@ impl Encoded {
             plain_mark: Mark::new(self.settings.plain_mark, self.settings.plain_mask).ok()?,
             protected: declared(flag::DECLARED_PROTECTED).map(|(prefix, _)| *prefix).collect(),
             owners: owners?,
+            nodes: nodes?,
             exempt: declared(flag::DECLARED_EXEMPT).map(|(prefix, _)| *prefix).collect(),
             vxlan_ports: decode_ports(&self.settings.vxlan_ports),
             geneve_ports: decode_ports(&self.settings.geneve_ports),
+            overlay: Some(self.settings.overlay).filter(|vni| *vni != NO_OVERLAY),
+            open_ports: port::decode(&self.settings.open_ports)?,
         };
         let again = table.encode().ok()?;
         (again == *self).then_some(table)
+    }
+}
+
+/// A VNI has 24 bits (RFC 7348 §5, RFC 8926 §3.4).
+fn encode_overlay(overlay: Option<u32>) -> Result<u32, Error> {
+    match overlay {
+        None => Ok(NO_OVERLAY),
+        Some(vni) if vni < 1 << 24 => Ok(vni),
+        Some(vni) => Err(Error::Vni { vni }),
     }
 }
 
@@ -230,7 +332,7 @@ fn covering(prefix: Prefix) -> impl Iterator<Item = Prefix> {
 /// A packet as a person would describe it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
-    /// Which way it passes the uplink.
+    /// Which way it passes the gate.
     pub direction: Direction,
     /// Where it says it comes from.
     pub source: IpAddr,
@@ -262,15 +364,18 @@ pub fn decide(table: &Table, facts: &Facts) -> Result<Verdict, Error> {
         },
         source_port: source_port.to_be_bytes(),
         destination_port: destination_port.to_be_bytes(),
+        icmpv6: 0,
     };
     let packet = Packet {
         shape: Shape::Ip,
+        vni: 0,
         outer,
         inner: outer,
     };
     Ok(match facts.direction {
         Direction::Egress => shroud_gate::egress(&packet, facts.mark, &encoded),
         Direction::Ingress => shroud_gate::ingress(&packet, &encoded),
+        Direction::Decrypted => shroud_gate::decrypted(&packet, &encoded),
     })
 }
 
@@ -440,9 +545,28 @@ mod tests {
                 ),
             ]
             .into(),
+            nodes: [
+                ("192.0.2.1", 1, NodePath::LocalProtected),
+                ("2001:db8::1", 1, NodePath::LocalOpen),
+                ("192.0.2.2", 2, NodePath::Encrypted),
+                ("192.0.2.3", 3, NodePath::Fenced),
+                ("2001:db8::3", 3, NodePath::Open),
+            ]
+            .map(|(address, node, path)| {
+                (
+                    address.parse().unwrap(),
+                    Node {
+                        node: NodeId(node),
+                        path,
+                    },
+                )
+            })
+            .into(),
             exempt: [prefix("10.244.2.9/32")].into(),
             vxlan_ports: [4789, 8472].into(),
             geneve_ports: [6081].into(),
+            overlay: Some(42),
+            open_ports: ["tcp/6443", "udp/53"].map(|port| port.parse().unwrap()).into(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The decisions. One look-up for each address, one story from top to bottom.
 
-use crate::layout::{Entry, MODE_AUDIT, MODE_OFF, PATH_ENCRYPTED, PATH_LOCAL, PATH_NONE, Settings};
+use crate::layout::{Entry, MODE_AUDIT, MODE_OFF, PATH_ENCRYPTED, PATH_LOCAL, PATH_NONE, Settings, open_port};
 use crate::packet::{Address, Flow, Packet, Shape, Upper};
 
 /// One generation of the gate's maps.
@@ -46,19 +46,23 @@ pub enum Reason {
     Fenced = 9,
     /// There is no encryption device.
     NoDevice = 10,
-    /// Protected traffic in an overlay packet, which does not travel encrypted.
+    /// Protected traffic in an overlay packet that is not ours, or not for the node that owns the destination.
     Overlay = 11,
-    /// Came in from the underlay in the clear, from a protected source of another node.
+    /// Came in from the underlay in the clear, from a protected source of another node, or in an overlay packet for a pod of this one.
     ClearText = 12,
-    /// Came in from the underlay with the address of a pod of this node.
+    /// Came in with an address of this node, or out of the tunnel from a node that does not own the source.
     SpoofedSource = 13,
     /// Says it is IP, but cannot be read.
     Malformed = 14,
+    /// Between protected nodes, and stays in the clear so that they can be healed: an open port, or how IPv6 finds its neighbours.
+    OpenPort = 15,
+    /// Came out of the tunnel, and from whom it says.
+    Decrypted = 16,
 }
 
 impl Reason {
     /// Every reason, in the order of their numbers.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::NotIp,
         Self::Unprotected,
         Self::Tunnel,
@@ -73,6 +77,8 @@ impl Reason {
         Self::ClearText,
         Self::SpoofedSource,
         Self::Malformed,
+        Self::OpenPort,
+        Self::Decrypted,
     ];
 
     /// The reason with this number in a map.
@@ -97,6 +103,8 @@ impl Reason {
             Self::ClearText => "clear-text",
             Self::SpoofedSource => "spoofed-source",
             Self::Malformed => "malformed",
+            Self::OpenPort => "open-port",
+            Self::Decrypted => "decrypted",
         }
     }
 }
@@ -149,6 +157,9 @@ impl Verdict {
 }
 
 /// Decides on a packet that is about to leave by an uplink. `mark` is the packet's mark.
+///
+/// Packets between nodes may carry those of pods, so what is inside an overlay packet is judged first, and what is outside afterwards: the
+/// outer addresses may ask for encryption of what the inner ones let pass, never the other way round.
 #[inline(always)]
 pub fn egress<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> Verdict {
     let settings = lookup.settings();
@@ -160,27 +171,31 @@ pub fn egress<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> Verdict {
     let outer = &packet.outer;
     let destination = lookup.entry(&outer.destination);
     // A mark is only a claim: whoever holds CAP_NET_ADMIN can set it. It excuses nothing that is for a pod.
-    if settings.is_tunnel_mark(mark) && leaves_the_tunnel(outer, settings) && !destination.is_protected() {
+    if settings.is_tunnel_mark(mark)
+        && leaves_the_tunnel(outer, settings)
+        && (!destination.is_protected() || destination.is_node())
+    {
         return Verdict::pass(Reason::Tunnel, 0);
     }
     let source = lookup.entry(&outer.source);
-    let verdict = egress_flow(settings, mark, &source, &destination, false);
-    if verdict.reason != Reason::Unprotected {
+    let verdict = egress_flow(settings, mark, outer, &source, &destination);
+    if involves_a_pod(&source, &destination) || verdict.reason == Reason::Plain {
         return verdict;
     }
     if packet.shape == Shape::OverlayOfIp {
-        let destination = lookup.entry(&packet.inner.destination);
-        let source = lookup.entry(&packet.inner.source);
-        return egress_flow(settings, mark, &source, &destination, true);
-    }
-    if is_hidden(packet, settings) {
+        let inside = egress_inside(packet, mark, &destination, lookup);
+        if inside.reason != Reason::Unprotected && (inside.reason != Reason::Plain || is_in_the_clear(&verdict)) {
+            return inside;
+        }
+    } else if is_hidden(packet, settings) && is_in_the_clear(&verdict) {
         return Verdict::refuse(settings, Reason::Malformed, 0);
     }
     verdict
 }
 
+/// Decides by a packet's own addresses.
 #[inline(always)]
-fn egress_flow(settings: &Settings, mark: u32, source: &Entry, destination: &Entry, in_overlay: bool) -> Verdict {
+fn egress_flow(settings: &Settings, mark: u32, flow: &Flow, source: &Entry, destination: &Entry) -> Verdict {
     let node = destination.node;
     if settings.is_plain_mark(mark) && (source.is_exempt() || destination.is_exempt()) {
         return Verdict::pass(Reason::Plain, node);
@@ -188,14 +203,43 @@ fn egress_flow(settings: &Settings, mark: u32, source: &Entry, destination: &Ent
     if !source.is_protected() || !destination.is_protected() {
         return Verdict::pass(Reason::Unprotected, 0);
     }
+    if source.is_node() && destination.is_node() && stays_open(flow, settings) {
+        return Verdict::pass(Reason::OpenPort, node);
+    }
+    protect(settings, destination, true)
+}
+
+/// Decides by the addresses inside an overlay packet to `outer`.
+#[inline(always)]
+fn egress_inside<L: Lookup>(packet: &Packet, mark: u32, outer: &Entry, lookup: &L) -> Verdict {
+    let settings = lookup.settings();
+    let destination = lookup.entry(&packet.inner.destination);
+    let source = lookup.entry(&packet.inner.source);
+    if settings.is_plain_mark(mark) && (source.is_exempt() || destination.is_exempt()) {
+        return Verdict::pass(Reason::Plain, destination.node);
+    }
+    if !source.is_protected() || !destination.is_protected() {
+        return Verdict::pass(Reason::Unprotected, 0);
+    }
+    // The encryption device sends by the outer addresses. They must lead to the peer to which the inner ones belong.
+    let leads_to_the_owner = settings.is_our_overlay(packet.vni)
+        && outer.is_node()
+        && outer.node == destination.node
+        && matches!(outer.path, PATH_NONE | PATH_ENCRYPTED);
+    protect(settings, &destination, leads_to_the_owner)
+}
+
+/// What happens to a protected packet. `arrives` says whether the encryption device would send it to the destination's owner.
+#[inline(always)]
+fn protect(settings: &Settings, destination: &Entry, arrives: bool) -> Verdict {
+    let node = destination.node;
     if settings.mode == MODE_OFF {
         return Verdict::pass(Reason::Off, node);
     }
     match destination.path {
         PATH_NONE => Verdict::refuse(settings, Reason::UnknownNode, node),
         PATH_LOCAL => Verdict::refuse(settings, Reason::Local, node),
-        // Outer addresses would lead the redirected packet to the wrong peer, or to none.
-        PATH_ENCRYPTED if in_overlay => Verdict::refuse(settings, Reason::Overlay, node),
+        PATH_ENCRYPTED if !arrives => Verdict::refuse(settings, Reason::Overlay, node),
         PATH_ENCRYPTED if settings.encryption_device == 0 => Verdict::refuse(settings, Reason::NoDevice, node),
         PATH_ENCRYPTED => Verdict {
             action: Action::Redirect(settings.encryption_device),
@@ -218,37 +262,113 @@ pub fn ingress<L: Lookup>(packet: &Packet, lookup: &L) -> Verdict {
         Shape::Ip | Shape::OverlayOfNotIp | Shape::OverlayOfUnreadable | Shape::OverlayOfIp => {}
     }
     let outer = &packet.outer;
-    let verdict = ingress_flow(lookup, outer);
-    if verdict.reason != Reason::Unprotected {
-        return verdict;
-    }
-    if enters_the_tunnel(outer, settings) {
+    let source = lookup.entry(&outer.source);
+    if enters_the_tunnel(outer, settings) && (!source.is_protected() || source.is_node()) {
         return Verdict::pass(Reason::Tunnel, 0);
     }
-    if packet.shape == Shape::OverlayOfIp {
-        return ingress_flow(lookup, &packet.inner);
+    let verdict = ingress_flow(lookup, outer, &source);
+    if verdict.reason != Reason::Unprotected && verdict.reason != Reason::OpenPort {
+        return verdict;
     }
-    if is_hidden(packet, settings) {
+    if packet.shape == Shape::OverlayOfIp {
+        let inside = ingress_inside(lookup, &packet.inner);
+        if inside.reason != Reason::Unprotected {
+            return inside;
+        }
+    } else if is_hidden(packet, settings) {
         return Verdict::refuse(settings, Reason::Malformed, 0);
     }
     verdict
 }
 
+/// Decides by a packet's own addresses.
 #[inline(always)]
-fn ingress_flow<L: Lookup>(lookup: &L, flow: &Flow) -> Verdict {
+fn ingress_flow<L: Lookup>(lookup: &L, flow: &Flow, source: &Entry) -> Verdict {
     let settings = lookup.settings();
-    let source = lookup.entry(&flow.source);
     if !source.is_protected() {
         return Verdict::pass(Reason::Unprotected, 0);
     }
-    let node = source.node;
-    if source.is_exempt() || lookup.entry(&flow.destination).is_exempt() {
-        return Verdict::pass(Reason::Plain, node);
+    let destination = lookup.entry(&flow.destination);
+    if source.is_exempt() || destination.is_exempt() {
+        return Verdict::pass(Reason::Plain, source.node);
     }
+    // A node also talks to those who cannot decrypt: routers, everybody (multicast), this node by an address that is not in the mesh.
+    if source.is_node() && !destination.is_protected() {
+        return Verdict::pass(Reason::Unprotected, 0);
+    }
+    if source.path == PATH_LOCAL {
+        return Verdict::refuse(settings, Reason::SpoofedSource, source.node);
+    }
+    if source.is_node() && destination.is_node() && stays_open(flow, settings) {
+        return Verdict::pass(Reason::OpenPort, source.node);
+    }
+    Verdict::refuse(settings, Reason::ClearText, source.node)
+}
+
+/// Decides by the addresses inside an overlay packet.
+#[inline(always)]
+fn ingress_inside<L: Lookup>(lookup: &L, flow: &Flow) -> Verdict {
+    let settings = lookup.settings();
+    let source = lookup.entry(&flow.source);
+    let destination = lookup.entry(&flow.destination);
+    // Anyone in the underlay can make an overlay packet. One that would reach a pod of this node must come out of the tunnel, whatever
+    // source it names.
+    let is_for_us = destination.path == PATH_LOCAL && destination.is_protected();
+    if !source.is_protected() && !is_for_us {
+        return Verdict::pass(Reason::Unprotected, 0);
+    }
+    if source.is_exempt() || destination.is_exempt() {
+        return Verdict::pass(Reason::Plain, source.node);
+    }
+    if source.path == PATH_LOCAL {
+        return Verdict::refuse(settings, Reason::SpoofedSource, source.node);
+    }
+    Verdict::refuse(settings, Reason::ClearText, source.node)
+}
+
+/// Decides on a packet that came out of the encryption device.
+///
+/// The tunnel has proven which node sent it, and that the node may send from its source address. What it may carry inside an overlay
+/// packet is checked here: the same node must own both sources.
+#[inline(always)]
+pub fn decrypted<L: Lookup>(packet: &Packet, lookup: &L) -> Verdict {
+    let settings = lookup.settings();
+    match packet.shape {
+        Shape::NotIp => return Verdict::pass(Reason::NotIp, 0),
+        Shape::Unreadable => return Verdict::refuse(settings, Reason::Malformed, 0),
+        Shape::Ip | Shape::OverlayOfNotIp | Shape::OverlayOfUnreadable | Shape::OverlayOfIp => {}
+    }
+    let source = lookup.entry(&packet.outer.source);
+    let node = source.node;
     if source.path == PATH_LOCAL {
         return Verdict::refuse(settings, Reason::SpoofedSource, node);
     }
-    Verdict::refuse(settings, Reason::ClearText, node)
+    if is_hidden(packet, settings) {
+        return Verdict::refuse(settings, Reason::Malformed, node);
+    }
+    if packet.shape == Shape::Ip || !concerns_us(packet, lookup) {
+        return Verdict::pass(Reason::Decrypted, node);
+    }
+    if !source.is_node() {
+        return Verdict::refuse(settings, Reason::SpoofedSource, node);
+    }
+    if packet.shape == Shape::OverlayOfNotIp {
+        return Verdict::refuse(settings, Reason::Malformed, node);
+    }
+    if lookup.entry(&packet.inner.source).node != node {
+        return Verdict::refuse(settings, Reason::SpoofedSource, node);
+    }
+    Verdict::pass(Reason::Decrypted, node)
+}
+
+/// Whether an overlay packet is of our overlay, or has to do with protected addresses all the same.
+#[inline(always)]
+fn concerns_us<L: Lookup>(packet: &Packet, lookup: &L) -> bool {
+    if lookup.settings().is_our_overlay(packet.vni) {
+        return true;
+    }
+    packet.shape == Shape::OverlayOfIp
+        && (lookup.entry(&packet.inner.source).is_protected() || lookup.entry(&packet.inner.destination).is_protected())
 }
 
 /// The mark with which a packet goes on that came from a pod: without our bits, and plain if the cluster's configuration says so.
@@ -263,6 +383,33 @@ pub fn pod_mark<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> u32 {
         return cleared | settings.plain_mark;
     }
     cleared
+}
+
+/// Whether both ends are protected, and one of them is no node.
+#[inline(always)]
+fn involves_a_pod(source: &Entry, destination: &Entry) -> bool {
+    source.is_protected() && destination.is_protected() && !(source.is_node() && destination.is_node())
+}
+
+#[inline(always)]
+fn is_in_the_clear(verdict: &Verdict) -> bool {
+    verdict.action == Action::Pass
+}
+
+/// Whether a packet between nodes must never need the tunnel.
+#[inline(always)]
+fn stays_open(flow: &Flow, settings: &Settings) -> bool {
+    flow.is_neighbour_discovery() || has_open_port(flow, settings)
+}
+
+#[inline(always)]
+fn has_open_port(flow: &Flow, settings: &Settings) -> bool {
+    if flow.upper != Upper::Ports {
+        return false;
+    }
+    let source = open_port(flow.protocol, flow.source_port);
+    let destination = open_port(flow.protocol, flow.destination_port);
+    settings.open_ports.contains(&source) || settings.open_ports.contains(&destination)
 }
 
 #[inline(always)]

@@ -6,7 +6,7 @@
 use crate::packet::{Address, Direction, Family};
 
 /// The version of everything in this file; part of the pin path.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Mode: protected traffic without an encrypted path is dropped. Any number that is not listed here means the same.
 pub const MODE_ENFORCE: u32 = 1;
@@ -15,7 +15,7 @@ pub const MODE_AUDIT: u32 = 2;
 /// Mode: everything passes; protected traffic is counted.
 pub const MODE_OFF: u32 = 3;
 
-/// Path: no owner.
+/// Path: no owner; of a node, that it is known and traffic to the node itself is not protected.
 pub const PATH_NONE: u8 = 0;
 /// Path: pods of this node.
 pub const PATH_LOCAL: u8 = 1;
@@ -26,6 +26,12 @@ pub const PATH_FENCED: u8 = 3;
 
 /// How many overlay ports of each kind the settings hold.
 pub const PORTS: usize = 4;
+
+/// How many open ports the settings hold.
+pub const OPEN_PORTS: usize = 16;
+
+/// The overlay of the settings when no overlay is ours: a VNI has 24 bits.
+pub const NO_OVERLAY: u32 = u32::MAX;
 
 /// The bits of a [`PrefixKey`] before the address: generation, family, and the reserved bytes.
 pub const PREFIX_KEY_BITS: u32 = 32;
@@ -42,6 +48,16 @@ pub mod flag {
     pub const DECLARED_EXEMPT: u8 = 8;
     /// This very prefix was declared to have the owner.
     pub const DECLARED_OWNER: u8 = 16;
+    /// This is one address, and it is a node's own.
+    pub const NODE: u8 = 32;
+    /// The node was declared to have its own traffic protected (and did not inherit it from a protected range).
+    pub const DECLARED_PROTECTED_NODE: u8 = 64;
+}
+
+/// An open port as the settings hold it: the protocol's number, then the port's; 0 is none.
+#[inline(always)]
+pub fn open_port(protocol: u8, number: [u8; 2]) -> u32 {
+    u32::from_be_bytes([0, protocol, number[0], number[1]])
 }
 
 /// One generation of settings.
@@ -62,6 +78,10 @@ pub struct Settings {
     pub plain_mark: u32,
     /// Which bits the plain mark may use; 0 for no mark.
     pub plain_mask: u32,
+    /// The VNI of the overlay that is ours, or [`NO_OVERLAY`].
+    pub overlay: u32,
+    /// Ports of traffic between nodes that stays in the clear, as [`open_port`] makes them; 0 for none.
+    pub open_ports: [u32; OPEN_PORTS],
     /// The tunnel's UDP port, network order.
     pub listen_port: [u8; 2],
     /// Not used, zero.
@@ -77,6 +97,12 @@ impl Settings {
     #[inline(always)]
     pub fn has_overlay(&self) -> bool {
         self.vxlan_ports[0] != [0, 0] || self.geneve_ports[0] != [0, 0]
+    }
+
+    /// Whether an overlay packet with this VNI is of the overlay that is ours.
+    #[inline(always)]
+    pub fn is_our_overlay(&self, vni: u32) -> bool {
+        self.overlay == vni
     }
 
     /// Whether a packet's mark is the tunnel's.
@@ -138,6 +164,12 @@ impl Entry {
     #[inline(always)]
     pub fn is_protected(&self) -> bool {
         self.flags & flag::PROTECTED != 0
+    }
+
+    /// Whether this is a node's own address.
+    #[inline(always)]
+    pub fn is_node(&self) -> bool {
+        self.flags & flag::NODE != 0
     }
 
     /// Whether the addresses are exempt.
@@ -209,6 +241,9 @@ pub struct DropEvent {
 // program side is `repr(C)`, and the test at the end compares the two.
 
 impl Settings {
+    /// How many numbers of four bytes stand before the ports.
+    const WORDS: usize = 8 + OPEN_PORTS;
+
     /// As the kernel stores it.
     pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
         let words = [
@@ -219,9 +254,11 @@ impl Settings {
             self.tunnel_mask,
             self.plain_mark,
             self.plain_mask,
+            self.overlay,
         ];
+        let words = words.into_iter().chain(self.open_ports);
         let mut bytes = [0; size_of::<Self>()];
-        let (numbers, ports) = bytes.split_at_mut(28);
+        let (numbers, ports) = bytes.split_at_mut(Self::WORDS * 4);
         for (to, word) in numbers.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *to = word.to_ne_bytes();
         }
@@ -238,7 +275,7 @@ impl Settings {
     /// From what the kernel stores.
     pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
         let word = |index: usize| u32::from_ne_bytes(part(bytes, index * 4));
-        let port = |index: usize| part(bytes, 28 + index * 2);
+        let port = |index: usize| part(bytes, Self::WORDS * 4 + index * 2);
         Self {
             version: word(0),
             mode: word(1),
@@ -247,6 +284,8 @@ impl Settings {
             tunnel_mask: word(4),
             plain_mark: word(5),
             plain_mask: word(6),
+            overlay: word(7),
+            open_ports: core::array::from_fn(|index| word(8 + index)),
             listen_port: port(0),
             reserved: port(1),
             vxlan_ports: core::array::from_fn(|index| port(2 + index)),
@@ -372,6 +411,7 @@ impl Direction {
         match number {
             1 => Some(Self::Egress),
             2 => Some(Self::Ingress),
+            3 => Some(Self::Decrypted),
             _ => None,
         }
     }
@@ -379,7 +419,7 @@ impl Direction {
 
 // A hole would be uninitialised memory in a map key, which the kernel's verifier refuses or, worse, compares.
 const _: () = {
-    assert!(size_of::<Settings>() == 4 * 7 + 4 + 2 * 2 * PORTS);
+    assert!(size_of::<Settings>() == 4 * (8 + OPEN_PORTS) + 4 + 2 * 2 * PORTS);
     assert!(size_of::<PrefixKey>() == 20);
     assert!(size_of::<Entry>() == 16);
     assert!(size_of::<CounterKey>() == 16);

@@ -1,10 +1,11 @@
 //! What the gate decides, shared by the BPF program and user space.
 //!
-//! The BPF program and `shroud explain` run the very same functions: [`egress`], [`ingress`] and [`pod_mark`]. They see a packet through
+//! The BPF program and `shroud explain` run the very same functions: [`egress`], [`ingress`],
+//! [`decrypted`] and [`pod_mark`]. They see a packet through
 //! [`Bytes`] and the maps through [`Lookup`], own nothing, allocate nothing and cannot panic.
 //!
 //! ```text
-//!   packet ── Bytes ──> Packet::parse ──> egress / ingress / pod_mark ──> Verdict
+//!   packet ── Bytes ──> Packet::parse ──> egress / ingress / decrypted / pod_mark ──> Verdict
 //!                                              ^
 //!   maps ──── Lookup (Settings, Entry) ────────┘
 //! ```
@@ -15,9 +16,9 @@ mod decide;
 mod layout;
 mod packet;
 
-pub use decide::{Action, Lookup, Reason, Verdict, egress, ingress, pod_mark};
+pub use decide::{Action, Lookup, Reason, Verdict, decrypted, egress, ingress, pod_mark};
 pub use layout::{
-    Count, CounterKey, DropEvent, Entry, LAYOUT_VERSION, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, PATH_ENCRYPTED,
-    PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, PREFIX_KEY_BITS, PrefixKey, Settings, flag,
+    Count, CounterKey, DropEvent, Entry, LAYOUT_VERSION, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, NO_OVERLAY, OPEN_PORTS,
+    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, PREFIX_KEY_BITS, PrefixKey, Settings, flag, open_port,
 };
 pub use packet::{Address, Bytes, Direction, Family, Flow, LONGEST_READ, Link, Packet, Shape, Upper, ip};

@@ -4,6 +4,7 @@
 //! not our business; what says it is IP and cannot be read is [`Shape::Unreadable`].
 
 use core::num::NonZeroUsize;
+use core::ops::RangeInclusive;
 
 use crate::layout::Settings;
 
@@ -15,8 +16,11 @@ const ETHERTYPE_BRIDGED: u16 = 0x6558;
 const ETHERTYPES_VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
 
 const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
 const TCP: u8 = 6;
 const SCTP: u8 = 132;
+/// Router and neighbour solicitation and advertisement, and redirect (RFC 4861 §4).
+const NEIGHBOUR_DISCOVERY: RangeInclusive<u8> = 133..=137;
 const UDP_HEADER: usize = 8;
 
 // The IPv6 extension headers (IANA "Protocol Numbers") that can stand before the upper-layer protocol of a readable packet.
@@ -66,7 +70,7 @@ pub enum Link {
     Ip,
 }
 
-/// Which way a packet passes the uplink. The numbers are those in the maps.
+/// Which way a packet passes the gate. The numbers are those in the maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Direction {
@@ -74,6 +78,8 @@ pub enum Direction {
     Egress = 1,
     /// From the underlay to this node.
     Ingress = 2,
+    /// Out of the encryption device to this node: what the tunnel has decrypted.
+    Decrypted = 3,
 }
 
 /// An IP family.
@@ -153,6 +159,8 @@ pub struct Flow {
     pub source_port: [u8; 2],
     /// Destination port, likewise.
     pub destination_port: [u8; 2],
+    /// ICMPv6 type of an outer packet; 0, which no message has, if it is not ICMPv6.
+    pub icmpv6: u8,
 }
 
 impl Flow {
@@ -163,12 +171,19 @@ impl Flow {
         upper: Upper::Other,
         source_port: [0; 2],
         destination_port: [0; 2],
+        icmpv6: 0,
     };
 
     /// Whether this is UDP whose ports are known.
     #[inline(always)]
     pub fn is_udp(&self) -> bool {
         self.protocol == UDP && self.upper == Upper::Ports
+    }
+
+    /// Whether this is how IPv6 finds its neighbours.
+    #[inline(always)]
+    pub fn is_neighbour_discovery(&self) -> bool {
+        NEIGHBOUR_DISCOVERY.contains(&self.icmpv6)
     }
 
     /// Reads the ports, behind IPv6 extension headers (RFC 8200 §4) if need be; says where the upper-layer header begins.
@@ -202,6 +217,9 @@ impl Flow {
             }
         }
         self.read_ports(bytes, offset);
+        if self.protocol == ICMPV6 && self.upper == Upper::Other {
+            self.icmpv6 = bytes.read::<1>(offset).map_or(0, |[kind]| *kind);
+        }
         offset
     }
 
@@ -251,6 +269,8 @@ pub enum Shape {
 pub struct Packet {
     /// What it is; says which of the flows below mean something.
     pub shape: Shape,
+    /// The overlay's VNI, if the shape is one of an overlay.
+    pub vni: u32,
     /// The packet's own flow.
     pub outer: Flow,
     /// The flow of the packet it carries.
@@ -261,6 +281,7 @@ impl Packet {
     /// A packet that is not IP.
     pub const NOT_IP: Self = Self {
         shape: Shape::NotIp,
+        vni: 0,
         outer: Flow::UNKNOWN,
         inner: Flow::UNKNOWN,
     };
@@ -309,9 +330,9 @@ impl Packet {
         }
         let port = self.outer.destination_port;
         let inside = if is_among(port, &settings.vxlan_ports) {
-            vxlan(bytes, payload + UDP_HEADER)
+            vxlan(bytes, payload + UDP_HEADER, &mut self.vni)
         } else if is_among(port, &settings.geneve_ports) {
-            geneve(bytes, payload + UDP_HEADER)
+            geneve(bytes, payload + UDP_HEADER, &mut self.vni)
         } else {
             return Shape::Ip;
         };
@@ -372,20 +393,25 @@ fn bare<B: Bytes>(bytes: &mut B) -> Network {
     }
 }
 
-/// VXLAN: eight bytes, then an Ethernet frame (RFC 7348 §5).
+/// VXLAN: eight bytes with the VNI in the fifth to seventh, then an Ethernet frame (RFC 7348 §5).
 #[inline(always)]
-fn vxlan<B: Bytes>(bytes: &mut B, offset: usize) -> Network {
+fn vxlan<B: Bytes>(bytes: &mut B, offset: usize, vni: &mut u32) -> Network {
+    let Some(&[_, _, _, _, high, middle, low, _]) = bytes.read::<8>(offset) else {
+        return Network::Unreadable;
+    };
+    *vni = u32::from_be_bytes([0, high, middle, low]);
     ethernet(bytes, offset + 8)
 }
 
-/// Geneve: eight bytes, options, then what the protocol type says (RFC 8926 §3.4).
+/// Geneve: eight bytes with the VNI in the fifth to seventh, options, then what the protocol type says (RFC 8926 §3.4).
 #[inline(always)]
-fn geneve<B: Bytes>(bytes: &mut B, offset: usize) -> Network {
-    let Some(&[options, _, high, low]) = bytes.read::<4>(offset) else {
+fn geneve<B: Bytes>(bytes: &mut B, offset: usize, vni: &mut u32) -> Network {
+    let Some(&[options, _, kind_high, kind_low, high, middle, low, _]) = bytes.read::<8>(offset) else {
         return Network::Unreadable;
     };
+    *vni = u32::from_be_bytes([0, high, middle, low]);
     let start = offset + 8 + usize::from(options & 0x3f) * 4;
-    match u16::from_be_bytes([high, low]) {
+    match u16::from_be_bytes([kind_high, kind_low]) {
         ETHERTYPE_BRIDGED => ethernet(bytes, start),
         ETHERTYPE_IPV4 => Network::Ip(Family::V4, start),
         ETHERTYPE_IPV6 => Network::Ip(Family::V6, start),

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use shroud_keyd::{NodeKey, Snapshot};
 use shroud_model::{Family, Mtu, NodeName, Prefix, PublicKey};
-use shroud_routing::{Facts, Hop, HopKind, Link, Route, Scope, Sysctl};
+use shroud_routing::{Facts, Hop, HopKind, Link, Route, Scope, Sysctl, Table};
 use shroud_tunnel::Backend;
 
 use crate::config::{Config, Detect, GateMode};
@@ -204,6 +204,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
                 },
             )]),
             routes,
+            rules: BTreeSet::new(),
             sysctls: BTreeMap::from([
                 (Sysctl::Forwarding(Family::V4), "1".to_owned()),
                 (Sysctl::Forwarding(Family::V6), "1".to_owned()),
@@ -352,6 +353,9 @@ fn route_to(
         via,
         source,
         mtu: Some(peer.mtu),
+        onlink: false,
+        encapsulation: None,
+        table: Table::Main,
     }
 }
 

@@ -324,7 +324,7 @@ impl Reconciler {
         for address in addresses_of_interest(snapshot) {
             let hop = self
                 .kernel
-                .lookup(address, None)
+                .lookup(address, None, None)
                 .with_context(|| format!("look up the route to {address}"))?;
             hops.insert(address, hop);
         }

@@ -7,9 +7,15 @@ use thiserror::Error;
 
 use crate::Family;
 
-/// An IPv4 or IPv6 header without options, a UDP header, and WireGuard's own 32 bytes (type, index, counter, tag).
-const OVER_IPV4: u32 = 20 + 8 + 32;
-const OVER_IPV6: u32 = 40 + 8 + 32;
+/// An outer IP header (without options) and a UDP header.
+const UDP_OVER_IPV4: u32 = 20 + 8;
+const UDP_OVER_IPV6: u32 = 40 + 8;
+
+/// WireGuard's own: type, index, counter, tag.
+const WIREGUARD: u32 = 32;
+
+/// A VXLAN header or a Geneve header without options, and the inner Ethernet header.
+const OVERLAY: u32 = 8 + 14;
 
 /// Why a number is not a link size.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -22,6 +28,12 @@ pub struct InvalidMtu(pub u32);
 pub struct Mtu(u32);
 
 impl Mtu {
+    /// The smallest there is: what every IPv4 host takes (RFC 791 §3.1).
+    pub const MINIMUM: Self = Self(576);
+
+    /// The smallest with which IPv6 works at all (RFC 8200 §5). A device with less loses its IPv6 addresses.
+    pub const MINIMUM_IPV6: Self = Self(1280);
+
     /// Ethernet's.
     pub const ETHERNET: Self = Self(1500);
 
@@ -45,12 +57,52 @@ impl Mtu {
     ///
     /// WireGuard pads the inner packet to 16 bytes but never beyond the device's MTU (whitepaper §5.4.6), so that a full packet costs no
     /// more than the headers.
+    ///
+    /// Never less than [`Mtu::MINIMUM`]: on a link so small the outer packet is larger than the link, and travels in fragments.
     pub const fn inside_wireguard(self, underlay: Family) -> Self {
-        let overhead = match underlay {
-            Family::V4 => OVER_IPV4,
-            Family::V6 => OVER_IPV6,
+        self.inside(underlay, WIREGUARD)
+    }
+
+    /// What is left for the inner packet when an overlay (VXLAN, or Geneve without options) wraps it and `underlay` carries it: the outer
+    /// IP and UDP headers, the overlay's own, and the inner Ethernet header (RFC 7348 §5, RFC 8926 §3.5).
+    ///
+    /// Never less than [`Mtu::MINIMUM`], as with [`Mtu::inside_wireguard`].
+    pub const fn inside_overlay(self, underlay: Family) -> Self {
+        self.inside(underlay, OVERLAY)
+    }
+
+    const fn inside(self, underlay: Family, headers: u32) -> Self {
+        let outer = match underlay {
+            Family::V4 => UDP_OVER_IPV4,
+            Family::V6 => UDP_OVER_IPV6,
         };
-        Self(self.0 - overhead)
+        match Self::new(self.0.saturating_sub(outer + headers)) {
+            Ok(mtu) => mtu,
+            Err(_) => Self::MINIMUM,
+        }
+    }
+
+    /// Whether packets of a family can be told to be no larger than this: IPv6 has a minimum (RFC 8200 §5).
+    pub const fn carries(self, family: Family) -> bool {
+        self.0 >= Self::minimum(family).0
+    }
+
+    /// This size, or the least that a family must be given where that is more. What no longer fits the link then travels in fragments of
+    /// the outer packet: slower, but the family works.
+    #[must_use]
+    pub const fn at_least_for(self, family: Family) -> Self {
+        if self.carries(family) {
+            self
+        } else {
+            Self::minimum(family)
+        }
+    }
+
+    const fn minimum(family: Family) -> Self {
+        match family {
+            Family::V4 => Self::MINIMUM,
+            Family::V6 => Self::MINIMUM_IPV6,
+        }
     }
 }
 
@@ -78,10 +130,78 @@ impl fmt::Display for Mtu {
 mod tests {
     use super::*;
 
+    /// What fits, by uplink, inside WireGuard alone ("native") and inside an overlay inside WireGuard. VXLAN and Geneve cost the same.
     #[test]
-    fn wireguard_costs_60_bytes_over_ipv4_and_80_over_ipv6() {
-        assert_eq!(Mtu::ETHERNET.inside_wireguard(Family::V4), Mtu(1440));
-        assert_eq!(Mtu::ETHERNET.inside_wireguard(Family::V6), Mtu(1420));
+    fn the_table_of_sizes() {
+        let rows = [
+            // uplink, underlay, native, overlay
+            (1280, Family::V4, 1220, 1170),
+            (1280, Family::V6, 1200, 1130),
+            (1400, Family::V4, 1340, 1290),
+            (1400, Family::V6, 1320, 1250),
+            (1500, Family::V4, 1440, 1390),
+            (1500, Family::V6, 1420, 1350),
+            (9000, Family::V4, 8940, 8890),
+            (9000, Family::V6, 8920, 8850),
+        ];
+        for (uplink, underlay, native, overlay) in rows {
+            let tunnel = Mtu(uplink).inside_wireguard(underlay);
+
+            assert_eq!(tunnel, Mtu(native), "native over {underlay}, uplink {uplink}");
+            assert_eq!(
+                tunnel.inside_overlay(underlay),
+                Mtu(overlay),
+                "overlay over {underlay}, uplink {uplink}"
+            );
+            assert_eq!(
+                on_the_wire(native, tunnel, underlay),
+                uplink,
+                "a full packet fills the uplink"
+            );
+            for smaller in 1..=16 {
+                let wire = on_the_wire(native - smaller, tunnel, underlay);
+                assert!(wire <= uplink, "{smaller} bytes less than full come to {wire} bytes");
+            }
+        }
+    }
+
+    /// An outer packet built header by header, with WireGuard's padding (whitepaper §5.4.6; `calculate_skb_padding`,
+    /// drivers/net/wireguard/send.c).
+    fn on_the_wire(inner: u32, device: Mtu, underlay: Family) -> u32 {
+        let padded = inner.next_multiple_of(16).min(device.bytes());
+        let ip = match underlay {
+            Family::V4 => 20,
+            Family::V6 => 40,
+        };
+        let (udp, header, tag) = (8, 16, 16);
+        ip + udp + header + padded + tag
+    }
+
+    #[test]
+    fn the_smallest_links_give_the_smallest_size_and_no_overflow() {
+        for bytes in 576..=700 {
+            for underlay in [Family::V4, Family::V6] {
+                for inside in [
+                    Mtu(bytes).inside_wireguard(underlay),
+                    Mtu(bytes).inside_overlay(underlay),
+                ] {
+                    assert_eq!(Mtu::new(inside.bytes()), Ok(inside), "{bytes} over {underlay}");
+                }
+            }
+        }
+        assert_eq!(Mtu(636).inside_wireguard(Family::V4), Mtu(576));
+        assert_eq!(Mtu(635).inside_wireguard(Family::V4), Mtu::MINIMUM);
+        assert_eq!(Mtu(637).inside_wireguard(Family::V4), Mtu(577));
+    }
+
+    #[test]
+    fn ipv6_is_never_given_less_than_it_needs() {
+        let small = Mtu(1280).inside_wireguard(Family::V6);
+
+        assert!(small.carries(Family::V4) && !small.carries(Family::V6));
+        assert_eq!(small.at_least_for(Family::V4), Mtu(1200));
+        assert_eq!(small.at_least_for(Family::V6), Mtu(1280));
+        assert_eq!(Mtu(1281).at_least_for(Family::V6), Mtu(1281));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use shroud_model::{Family, Mtu, Prefix};
 
-use crate::{Desired, InstalledRoute, Link, LinkState, Observed, Route, Sysctl};
+use crate::{Desired, InstalledRoute, InstalledRule, Link, LinkState, Observed, Route, Rule, Sysctl};
 
 /// One step from what is to what should be. Its text is for people: `route 10.244.2.0/24 via 172.18.0.2 dev eth0: added`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +61,10 @@ pub enum Change {
     },
     /// Removes a route of ours.
     RemoveRoute(InstalledRoute),
+    /// Adds a rule.
+    AddRule(Rule),
+    /// Removes a rule of ours.
+    RemoveRule(InstalledRule),
 }
 
 impl fmt::Display for Change {
@@ -82,11 +86,14 @@ impl fmt::Display for Change {
             Self::AddRoute(route) => write!(f, "route {route}: added"),
             Self::ReplaceRoute { old, new } => write!(f, "route {old} -> {new}"),
             Self::RemoveRoute(route) => write!(f, "route {route}: removed"),
+            Self::AddRule(rule) => write!(f, "rule {rule}: added"),
+            Self::RemoveRule(rule) => write!(f, "rule {rule}: removed"),
         }
     }
 }
 
-/// The steps from `observed` to `desired`, in the order in which they must happen: devices, settings, routes to add, and what goes last.
+/// The steps from `observed` to `desired`, in the order in which they must happen: devices, settings, routes to add, the routes that go, and
+/// the rules, which change nothing where there is no route to be seen.
 /// Empty when nothing is to be done.
 pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
     let mut changes = Vec::new();
@@ -95,6 +102,7 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
     }
     diff_sysctls(desired, observed, &mut changes);
     diff_routes(desired, observed, &mut changes);
+    diff_rules(desired, observed, &mut changes);
     changes
 }
 
@@ -189,7 +197,7 @@ fn diff_routes(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>
     for route in desired.routes.iter().filter(|route| !kept.contains(route)) {
         let slot = surplus
             .iter()
-            .position(|old| old.destination == route.destination && old.in_our_slot);
+            .position(|old| old.destination == route.destination && old.table == route.table && old.in_our_slot);
         changes.push(match slot {
             Some(index) => Change::ReplaceRoute {
                 old: surplus.swap_remove(index).clone(),
@@ -199,4 +207,17 @@ fn diff_routes(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>
         });
     }
     changes.extend(surplus.into_iter().cloned().map(Change::RemoveRoute));
+}
+
+fn diff_rules(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>) {
+    let mut missing = desired.rules.clone();
+    let mut surplus = Vec::new();
+    for installed in &observed.rules {
+        // The second of two equal ones is surplus too.
+        if !installed.rule.is_some_and(|rule| missing.remove(&rule)) {
+            surplus.push(Change::RemoveRule(installed.clone()));
+        }
+    }
+    changes.extend(missing.into_iter().map(Change::AddRule));
+    changes.extend(surplus);
 }

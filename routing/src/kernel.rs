@@ -18,18 +18,27 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType};
+use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType};
+use netlink_packet_route::rule::RuleMessage;
 use rustix::io::Errno;
-use shroud_model::{Family, Prefix};
+use shroud_model::{Family, Mark, Prefix};
 
 use crate::{
-    Address, Change, Desired, Error, Facts, Hop, HopKind, InstalledRoute, LinkFacts, LinkState, Observed, PROTOCOL,
-    Route, Scope, Sysctl,
+    Address, Change, Desired, Error, Facts, Hop, HopKind, InstalledRoute, InstalledRule, LinkFacts, LinkState,
+    Observed, PROTOCOL, Route, Scope, Sysctl, Table,
 };
 use connection::Connection;
 
 /// The kernel's number for the table of local addresses (`RT_TABLE_LOCAL`).
 const TABLE_LOCAL: u32 = 255;
+
+/// Where routes of ours can be.
+const OUR_TABLES: [(Family, Table); 4] = [
+    (Family::V4, Table::Main),
+    (Family::V4, Table::Node),
+    (Family::V6, Table::Main),
+    (Family::V6, Table::Node),
+];
 
 const OURS: &str = "a tun or wireguard device";
 
@@ -50,7 +59,7 @@ pub struct Removal {
 pub struct Kernel {
     connection: Connection,
     /// Foreign routes by destination, read when a replacement needs to know whether it is alone; forgotten at the next observation.
-    foreign: BTreeMap<Family, BTreeMap<Prefix, Vec<String>>>,
+    foreign: BTreeMap<(Family, Table), BTreeMap<Prefix, Vec<String>>>,
 }
 
 impl Kernel {
@@ -77,10 +86,13 @@ impl Kernel {
                 observed.links.insert(device.clone(), state);
             }
         }
-        for family in [Family::V4, Family::V6] {
-            for message in self.routes(family, Some(PROTOCOL))? {
+        for (family, table) in OUR_TABLES {
+            for message in self.routes(family, table, Some(PROTOCOL))? {
                 observed.routes.extend(self.installed(message));
             }
+        }
+        for family in [Family::V4, Family::V6] {
+            observed.rules.extend(self.rules(family)?);
         }
         for sysctl in desired.sysctls.keys() {
             observed.sysctls.insert(sysctl.clone(), sysctl.read()?);
@@ -116,14 +128,33 @@ impl Kernel {
             Change::AddRoute(route) => self.add_route(&operation, route),
             Change::ReplaceRoute { old, new } => self.replace_route(&operation, old, new),
             Change::RemoveRoute(route) => self.remove_route(&operation, route).map(drop),
+            Change::AddRule(rule) => {
+                let request = RouteNetlinkMessage::NewRule(message::rule(rule));
+                self.connection.change(&operation, request, NLM_F_ACK | NLM_F_CREATE)
+            }
+            Change::RemoveRule(rule) => self.remove_rule(&operation, rule).map(drop),
         }
     }
 
-    /// Removes all our routes. Addresses go with their device, and settings stay as they are: others may rely on them by now.
+    /// Removes all our rules and routes. Addresses go with their device, and settings stay as they are: others may rely on them by now.
     pub fn remove(&mut self) -> Removal {
         let mut removal = Removal::default();
         for family in [Family::V4, Family::V6] {
-            let messages = match self.routes(family, Some(PROTOCOL)) {
+            let rules = self.rules(family).unwrap_or_else(|error| {
+                removal.errors.push(error);
+                Vec::new()
+            });
+            for rule in rules {
+                let change = Change::RemoveRule(rule.clone()).to_string();
+                match self.remove_rule(&change, &rule) {
+                    Ok(true) => removal.removed.push(format!("rule {rule}")),
+                    Ok(false) => {}
+                    Err(error) => removal.errors.push(error),
+                }
+            }
+        }
+        for (family, table) in OUR_TABLES {
+            let messages = match self.routes(family, table, Some(PROTOCOL)) {
                 Ok(messages) => messages,
                 Err(error) => {
                     removal.errors.push(error);
@@ -214,7 +245,7 @@ impl Kernel {
             });
         }
         for family in [Family::V4, Family::V6] {
-            for message in self.routes(family, None)? {
+            for message in self.routes(family, Table::Main, None)? {
                 if message.header.destination_prefix_length == 0 && message.header.kind == RouteType::Unicast {
                     let indices = message::devices(&message);
                     facts
@@ -231,15 +262,17 @@ impl Kernel {
     /// With a `source` that is not this node's own, the question is about a packet that arrives from the device behind which the kernel
     /// itself sees that source, as a pod's packet does.
     ///
+    /// With a `mark` the question is about a packet that carries it. That of the tunnel does not see [`Table::Node`].
+    ///
     /// # Errors
     /// What the kernel answers, apart from its ways to say "not with me", which are a [`HopKind`].
-    pub fn lookup(&mut self, destination: IpAddr, source: Option<IpAddr>) -> Result<Hop, Error> {
+    pub fn lookup(&mut self, destination: IpAddr, source: Option<IpAddr>, mark: Option<Mark>) -> Result<Hop, Error> {
         let Some(source) = source else {
-            return self.ask(destination, None, None);
+            return self.ask(destination, None, None, mark);
         };
-        let back = self.ask(source, None, None)?;
+        let back = self.ask(source, None, None, None)?;
         if back.kind == HopKind::Local {
-            return self.ask(destination, Some(source), None);
+            return self.ask(destination, Some(source), None, mark);
         }
         let Some(input) = &back.device else {
             return Ok(nowhere(HopKind::Refused));
@@ -247,7 +280,7 @@ impl Kernel {
         let Some(index) = self.connection.index(input) else {
             return Ok(nowhere(HopKind::Refused));
         };
-        self.ask(destination, Some(source), Some(index))
+        self.ask(destination, Some(source), Some(index), mark)
     }
 
     /// The devices behind which the kernel sees a part of `prefixes`: where this node's pods are. `except` are left out, and so is
@@ -413,7 +446,7 @@ impl Kernel {
             .change(operation, RouteNetlinkMessage::NewRoute(message), flags)
         {
             Err(error) if error.code() == Some(Errno::EXIST.raw_os_error()) => {
-                let by = self.in_the_way(route.destination)?;
+                let by = self.in_the_way(route.destination, route.table)?;
                 Err(Error::Occupied {
                     route: route.to_string(),
                     by: by.unwrap_or_else(|| "a route".to_owned()),
@@ -434,7 +467,7 @@ impl Kernel {
             self.remove_route(operation, old)?;
             return self.add_route(operation, new);
         }
-        if let Some(by) = self.in_the_way(new.destination)? {
+        if let Some(by) = self.in_the_way(new.destination, new.table)? {
             return Err(Error::Occupied {
                 route: new.to_string(),
                 by,
@@ -480,11 +513,11 @@ impl Kernel {
     }
 
     /// The foreign routes where a route of ours for this destination would be, as text.
-    fn in_the_way(&mut self, destination: Prefix) -> Result<Option<String>, Error> {
-        let family = destination.family();
-        if !self.foreign.contains_key(&family) {
+    fn in_the_way(&mut self, destination: Prefix, table: Table) -> Result<Option<String>, Error> {
+        let key = (destination.family(), table);
+        if !self.foreign.contains_key(&key) {
             let mut foreign: BTreeMap<Prefix, Vec<String>> = BTreeMap::new();
-            for message in self.routes(family, None)? {
+            for message in self.routes(key.0, table, None)? {
                 let protocol = message.header.protocol;
                 if protocol == RouteProtocol::Other(PROTOCOL) || !message::in_our_slot(&message) {
                     continue;
@@ -497,25 +530,25 @@ impl Kernel {
                     .or_default()
                     .push(format!("{installed} proto {protocol}"));
             }
-            self.foreign.insert(family, foreign);
+            self.foreign.insert(key, foreign);
         }
-        let found = self.foreign.get(&family).and_then(|foreign| foreign.get(&destination));
+        let found = self.foreign.get(&key).and_then(|foreign| foreign.get(&destination));
         Ok(found.map(|routes| routes.join(", ")))
     }
 
-    /// The main table's routes of one family, all or those of one protocol.
-    fn routes(&mut self, family: Family, protocol: Option<u8>) -> Result<Vec<RouteMessage>, Error> {
+    /// A table's routes of one family, all or those of one protocol.
+    fn routes(&mut self, family: Family, table: Table, protocol: Option<u8>) -> Result<Vec<RouteMessage>, Error> {
         let mut message = RouteMessage::default();
         message.header.address_family = message::family(family);
-        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.table = table.number();
         message.header.protocol = protocol.map_or(RouteProtocol::Unspec, RouteProtocol::from);
         let routes = self.list_routes(message)?;
         // Filtering is the kernel's duty since 4.20; an older one sends everything.
-        let main = |route: &RouteMessage| message::table(route) == u32::from(RouteHeader::RT_TABLE_MAIN);
+        let inside = |route: &RouteMessage| message::table(route) == u32::from(table.number());
         let wanted = |route: &RouteMessage| protocol.is_none_or(|number| u8::from(route.header.protocol) == number);
         Ok(routes
             .into_iter()
-            .filter(|route| main(route) && wanted(route))
+            .filter(|route| inside(route) && wanted(route))
             .collect())
     }
 
@@ -550,7 +583,7 @@ impl Kernel {
 
     /// Devices with routes from router advertisements, which they would lose when IPv6 forwarding is switched on.
     fn advertised(&mut self) -> Result<BTreeSet<String>, Error> {
-        let learned = self.routes(Family::V6, Some(u8::from(RouteProtocol::Ra)))?;
+        let learned = self.routes(Family::V6, Table::Main, Some(u8::from(RouteProtocol::Ra)))?;
         let indices: BTreeSet<u32> = learned.iter().flat_map(message::devices).collect();
         let mut devices = BTreeSet::new();
         for device in indices.into_iter().filter_map(|index| self.connection.name(index)) {
@@ -561,7 +594,13 @@ impl Kernel {
         Ok(devices)
     }
 
-    fn ask(&mut self, destination: IpAddr, source: Option<IpAddr>, input: Option<u32>) -> Result<Hop, Error> {
+    fn ask(
+        &mut self,
+        destination: IpAddr,
+        source: Option<IpAddr>,
+        input: Option<u32>,
+        mark: Option<Mark>,
+    ) -> Result<Hop, Error> {
         let operation = format!("look up the route to {destination}");
         let mut message = RouteMessage::default();
         message.header.address_family = message::family(Family::of(destination));
@@ -572,6 +611,9 @@ impl Kernel {
             message.attributes.push(RouteAttribute::Source(source.into()));
         }
         message.attributes.extend(input.map(RouteAttribute::Iif));
+        message
+            .attributes
+            .extend(mark.map(|mark| RouteAttribute::Mark(mark.value())));
         let answers = match self.connection.ask(&operation, RouteNetlinkMessage::GetRoute(message)) {
             Ok(answers) => answers,
             Err(error) => {
@@ -584,7 +626,7 @@ impl Kernel {
                     // A blackhole says the same as a source that cannot be; without a source it can only be the blackhole.
                     Some(Errno::INVAL) if source.is_none() => Ok(nowhere(HopKind::Blackhole)),
                     Some(Errno::INVAL) => {
-                        let hop = self.ask(destination, None, None)?;
+                        let hop = self.ask(destination, None, None, mark)?;
                         Ok(if hop.kind == HopKind::Blackhole {
                             hop
                         } else {
@@ -603,6 +645,36 @@ impl Kernel {
             return Err(Error::request(operation, io::ErrorKind::InvalidData.into()));
         };
         Ok(message::hop(&answer, |index| self.connection.name(index)))
+    }
+}
+
+/// Rules.
+impl Kernel {
+    /// Our rules of one family.
+    fn rules(&mut self, family: Family) -> Result<Vec<InstalledRule>, Error> {
+        let mut message = RuleMessage::default();
+        message.header.family = message::family(family);
+        let operation = format!("list {family} rules");
+        let answers = match self.connection.list(&operation, &RouteNetlinkMessage::GetRule(message)) {
+            // This kernel has no such family, or no policy routing: no rules.
+            Err(error) if is_one_of(&error, [Errno::AFNOSUPPORT, Errno::OPNOTSUPP]) => Vec::new(),
+            answers => answers?,
+        };
+        let rules = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewRule(rule) => message::installed_rule(rule),
+            _ => None,
+        });
+        Ok(rules.collect())
+    }
+
+    /// Answers whether it was still there.
+    fn remove_rule(&mut self, operation: &str, rule: &InstalledRule) -> Result<bool, Error> {
+        let request = RouteNetlinkMessage::DelRule(rule.message.clone());
+        match self.connection.change(operation, request, NLM_F_ACK) {
+            Ok(()) => Ok(true),
+            Err(error) if error.code() == Some(Errno::NOENT.raw_os_error()) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 

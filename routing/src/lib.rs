@@ -1,7 +1,7 @@
-//! Addresses, routes and sysctls of a node, and what its kernel says about packets.
+//! Addresses, routes, rules and sysctls of a node, and what its kernel says about packets.
 //!
-//! The crate owns the routes that carry our protocol number ([`PROTOCOL`]), the addresses on our own device, and the few sysctls native
-//! routing needs. It never makes a device, and never touches a route, address or device of somebody else.
+//! The crate owns the routes and rules that carry our protocol number ([`PROTOCOL`]), the addresses on our own device, and the few sysctls
+//! native routing needs. It never makes a device, and never touches a route, rule, address or device of somebody else.
 //!
 //! ```text
 //! Desired ──┐
@@ -19,14 +19,14 @@ mod observed;
 mod sysctl;
 
 pub use change::{Change, diff};
-pub use desired::{Desired, Link, Route};
+pub use desired::{Desired, Encapsulation, Link, Route, Rule, Table};
 pub use error::Error;
 pub use facts::{Address, Facts, Hop, HopKind, LinkFacts, Scope};
 pub use kernel::{Kernel, Removal};
 pub use monitor::{Monitor, Wake};
-pub use observed::{InstalledRoute, LinkState, Observed};
+pub use observed::{InstalledRoute, InstalledRule, LinkState, Observed};
 pub use sysctl::Sysctl;
 
-/// The routing protocol number (`rtm_protocol`, rtnetlink(7)) that marks a route as ours. Numbers above 4 are free for programs; 83 is
+/// The routing protocol number (`rtm_protocol` and `FRA_PROTOCOL`, rtnetlink(7)) that marks a route or rule as ours. Numbers above 4 are free for programs; 83 is
 /// in no list of well-known ones (`/etc/iproute2/rt_protos`).
 pub const PROTOCOL: u8 = 83;

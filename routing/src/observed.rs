@@ -5,17 +5,20 @@ use std::fmt;
 use std::net::IpAddr;
 
 use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::rule::RuleMessage;
 use shroud_model::Prefix;
 
-use crate::{Route, Sysctl};
+use crate::{Route, Rule, Sysctl, Table};
 
 /// What the kernel holds now, as far as it is ours or asked for in [`Desired`](crate::Desired).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
     /// The devices that are asked for and exist.
     pub links: BTreeMap<String, LinkState>,
-    /// Every route in the main table that carries our protocol number.
+    /// Every route in our tables that carries our protocol number.
     pub routes: Vec<InstalledRoute>,
+    /// Every rule that carries our protocol number.
+    pub rules: Vec<InstalledRule>,
     /// The settings that are asked for. `None`: this kernel, or this device, has no such setting.
     pub sysctls: BTreeMap<Sysctl, Option<String>>,
     /// Devices that hold routes learned from IPv6 router advertisements and have `accept_ra` = 1, which means "unless forwarding":
@@ -41,6 +44,8 @@ pub struct LinkState {
 pub struct InstalledRoute {
     /// The addresses it carries.
     pub destination: Prefix,
+    /// The table it is in.
+    pub table: Table,
     /// The route, when it has a shape we write; `None` for any other (blackhole, multipath, a metric, a type of service).
     pub route: Option<Route>,
     /// Whether it sits where a route of ours for this destination goes, so that the new one replaces it.
@@ -61,6 +66,30 @@ impl fmt::Display for InstalledRoute {
 }
 
 impl fmt::Debug for InstalledRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A rule with our protocol number, as the kernel holds it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct InstalledRule {
+    /// The rule, when it has the shape we write.
+    pub rule: Option<Rule>,
+    /// What names this rule when it is deleted.
+    pub(crate) message: RuleMessage,
+}
+
+impl fmt::Display for InstalledRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.rule {
+            Some(rule) => fmt::Display::fmt(rule, f),
+            None => write!(f, "of another shape, {:?}", self.message),
+        }
+    }
+}
+
+impl fmt::Debug for InstalledRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 use netns::Netns;
 use shroud_model::{Family, Mtu, Prefix};
 use shroud_routing::{
-    Address, Change, Desired, Error, HopKind, Kernel, Link, Monitor, Route, Scope, Sysctl, Wake, diff,
+    Address, Change, Desired, Encapsulation, Error, HopKind, Kernel, Link, Monitor, Route, Scope, Sysctl, Table, Wake,
+    diff,
 };
 
 fn prefix(text: &str) -> Prefix {
@@ -39,6 +40,9 @@ fn route(destination: &str, via: &str, source: &str, mtu: u32) -> Route {
         via: Some(ip(via)),
         source: Some(ip(source)),
         mtu: Some(Mtu::new(mtu).unwrap()),
+        onlink: false,
+        encapsulation: None,
+        table: Table::Main,
     }
 }
 
@@ -50,6 +54,7 @@ fn node() -> Desired {
     };
     Desired {
         links: BTreeMap::from([("shroud0".to_owned(), link)]),
+        rules: BTreeSet::new(),
         routes: BTreeSet::from([
             route("10.244.2.0/24", "172.18.0.2", "10.244.1.0", 1440),
             route("10.244.3.0/24", "172.18.0.3", "10.244.1.0", 1440),
@@ -489,6 +494,9 @@ fn an_ipv4_range_can_go_by_an_ipv6_next_hop() {
         via: Some(ip("fd18::2")),
         source: None,
         mtu: None,
+        onlink: false,
+        encapsulation: None,
+        table: Table::Main,
     };
     let desired = Desired {
         routes: BTreeSet::from([route.clone()]),
@@ -749,7 +757,7 @@ fn a_lookup_says_what_becomes_of_a_packet() {
         netns.ip(command);
     }
     let mut kind =
-        |destination: &str, source: Option<&str>| kernel.lookup(ip(destination), source.map(ip)).unwrap().kind;
+        |destination: &str, source: Option<&str>| kernel.lookup(ip(destination), source.map(ip), None).unwrap().kind;
 
     for (destination, expected) in [
         ("10.244.1.0", HopKind::Local),
@@ -777,7 +785,7 @@ fn a_lookup_says_what_becomes_of_a_packet() {
         (Some(ip("10.244.1.5")), None),
         (Some(ip("172.18.0.1")), None),
     ] {
-        let hop = kernel.lookup(ip("10.244.2.7"), source).unwrap();
+        let hop = kernel.lookup(ip("10.244.2.7"), source, None).unwrap();
         assert_eq!(
             (hop.kind, hop.device.as_deref(), hop.via, hop.mtu),
             (HopKind::Unicast, Some("eth0"), Some(ip("172.18.0.2")), Some(1440)),
@@ -788,7 +796,7 @@ fn a_lookup_says_what_becomes_of_a_packet() {
         }
     }
     let hop = kernel
-        .lookup(ip("fd00:10:244:2::7"), Some(ip("fd00:10:244:1::5")))
+        .lookup(ip("fd00:10:244:2::7"), Some(ip("fd00:10:244:1::5")), None)
         .unwrap();
     assert_eq!(
         (hop.kind, hop.device.as_deref(), hop.via, hop.mtu),
@@ -850,6 +858,9 @@ async fn a_flood_of_changes_is_a_change_too() {
                 via: Some(ip("172.18.0.2")),
                 source: None,
                 mtu: None,
+                onlink: false,
+                encapsulation: None,
+                table: Table::Main,
             });
             for route in routes {
                 kernel.apply(&Change::AddRoute(route)).unwrap();
@@ -886,4 +897,82 @@ fn wait(what: &str, mut so: impl FnMut() -> bool) {
         assert!(began.elapsed() < Duration::from_secs(5), "{what}");
         std::thread::yield_now();
     }
+}
+
+/// Routes into an overlay device in external mode, one for each pair of inner and outer family, and how `ip route` shows them.
+const ENCAPSULATED: [(&str, &str, &str, &str, &str); 4] = [
+    (
+        "10.244.2.0/24",
+        "10.244.2.0",
+        "172.18.0.1",
+        "172.18.0.2",
+        "10.244.2.0/24 encap ip id 83 src 172.18.0.1 dst 172.18.0.2 ttl 64 tos 0 csum \
+         via 10.244.2.0 dev vxlan0 src 10.244.1.0 onlink mtu 1390",
+    ),
+    (
+        "10.244.3.0/24",
+        "10.244.3.0",
+        "fd18::1",
+        "fd18::3",
+        "10.244.3.0/24 encap ip6 id 83 src fd18::1 dst fd18::3 hoplimit 64 tc 0 csum \
+         via 10.244.3.0 dev vxlan0 src 10.244.1.0 onlink mtu 1390",
+    ),
+    (
+        "fd00:10:244:2::/64",
+        "fd00:10:244:2::",
+        "172.18.0.1",
+        "172.18.0.2",
+        "fd00:10:244:2::/64 encap ip id 83 src 172.18.0.1 dst 172.18.0.2 ttl 64 tos 0 csum \
+         via fd00:10:244:2:: dev vxlan0 src fd00:10:244:1:: metric 1024 onlink mtu 1390",
+    ),
+    (
+        "fd00:10:244:3::/64",
+        "fd00:10:244:3::",
+        "fd18::1",
+        "fd18::3",
+        "fd00:10:244:3::/64 encap ip6 id 83 src fd18::1 dst fd18::3 hoplimit 64 tc 0 csum \
+         via fd00:10:244:3:: dev vxlan0 src fd00:10:244:1:: metric 1024 onlink mtu 1390",
+    ),
+];
+
+/// [`node`] with [`ENCAPSULATED`] in the place of its routes.
+fn overlaid() -> Desired {
+    let encapsulated = ENCAPSULATED.map(|(destination, via, outer_source, outer_destination, _)| {
+        let own = if via.contains(':') {
+            "fd00:10:244:1::"
+        } else {
+            "10.244.1.0"
+        };
+        Route {
+            device: "vxlan0".to_owned(),
+            onlink: true,
+            encapsulation: Some(Encapsulation {
+                id: 83,
+                source: ip(outer_source),
+                destination: ip(outer_destination),
+            }),
+            ..route(destination, via, own, 1390)
+        }
+    });
+    Desired {
+        routes: BTreeSet::from(encapsulated),
+        ..node()
+    }
+}
+
+#[test]
+fn routes_into_an_overlay_device_name_the_outer_header() {
+    let netns = Netns::enter();
+    netns.ip("link add vxlan0 type vxlan external dstport 4789");
+    netns.ip("link set vxlan0 up");
+    let mut kernel = Kernel::open().unwrap();
+
+    let changes = converge(&mut kernel, &overlaid());
+
+    assert_eq!(
+        changes[7],
+        "route 10.244.2.0/24 encap ip id 83 src 172.18.0.1 dst 172.18.0.2 ttl 64 csum via 10.244.2.0 dev vxlan0 src 10.244.1.0 \
+         onlink mtu 1390: added"
+    );
+    assert_eq!(netns.routes("proto 83"), ENCAPSULATED.map(|(.., shown)| shown));
 }

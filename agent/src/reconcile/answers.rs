@@ -172,14 +172,14 @@ impl Reconciler {
                 (
                     address,
                     if own {
-                        self.kernel.lookup(destination, Some(address))?
+                        self.kernel.lookup(destination, Some(address), None)?
                     } else {
-                        self.kernel.lookup(destination, None)?
+                        self.kernel.lookup(destination, None, None)?
                     },
                 )
             }
             Source::Node => {
-                let hop = self.kernel.lookup(destination, None)?;
+                let hop = self.kernel.lookup(destination, None, None)?;
                 let source = hop
                     .source
                     .with_context(|| format!("the kernel has no source address for {destination}: {}", hop.kind))?;

@@ -6,15 +6,23 @@ use std::net::IpAddr;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
-    RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteIp6Tunnel, RouteIp6TunnelFlags, RouteIpTunnel, RouteIpTunnelFlags,
+    RouteLwEnCapType, RouteLwTunnelEncap, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
-use shroud_model::{Family, Mtu, Prefix};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use shroud_model::{Family, Mark, Mtu, Prefix};
 
-use crate::{Hop, HopKind, InstalledRoute, PROTOCOL, Route};
+use crate::{Encapsulation, Hop, HopKind, InstalledRoute, InstalledRule, PROTOCOL, Route, Rule, Table};
 
 /// The metric the kernel gives an IPv6 route for which none is asked (`IP6_RT_PRIO_USER`, include/net/ip6_route.h). IPv4's is 0.
 const METRIC_V6: u32 = 1024;
+
+/// How far an encapsulated packet may travel; the usual number (`ip_default_ttl`).
+const HOPS: u8 = 64;
+/// `TUNNEL_CSUM` (include/uapi/linux/if_tunnel.h): the outer UDP header has a checksum.
+const CHECKSUM: u16 = 0x0001;
+/// `TUNNEL_DONT_FRAGMENT`: the outer IPv4 header says "do not fragment".
+const DONT_FRAGMENT: u16 = 0x0100;
 
 pub(super) const fn family(family: Family) -> AddressFamily {
     match family {
@@ -29,7 +37,7 @@ pub(super) fn of(route: &Route, index: u32) -> Option<RouteMessage> {
     let mut message = RouteMessage::default();
     message.header.address_family = family(inside);
     message.header.destination_prefix_length = route.destination.length();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.table = route.table.number();
     message.header.protocol = RouteProtocol::Other(PROTOCOL);
     message.header.kind = RouteType::Unicast;
     message.header.scope = match (inside, route.via) {
@@ -60,7 +68,135 @@ pub(super) fn of(route: &Route, index: u32) -> Option<RouteMessage> {
             .attributes
             .push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu.bytes())]));
     }
+    if route.onlink {
+        message.header.flags |= RouteFlags::Onlink;
+    }
+    if let Some(outer) = &route.encapsulation {
+        message.attributes.extend(encapsulate(outer)?);
+    }
     Some(message)
+}
+
+/// The outer header as the kernel takes it, or `None` when its families do not fit each other.
+fn encapsulate(outer: &Encapsulation) -> Option<[RouteAttribute; 2]> {
+    let id = u64::from(outer.id);
+    let (kind, header) = match (outer.source, outer.destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => (
+            RouteLwEnCapType::Ip,
+            [
+                RouteIpTunnel::Id(id),
+                RouteIpTunnel::Source(source),
+                RouteIpTunnel::Destination(destination),
+                RouteIpTunnel::Ttl(HOPS),
+                RouteIpTunnel::Flags(RouteIpTunnelFlags::from_bits_retain(CHECKSUM | DONT_FRAGMENT)),
+            ]
+            .map(RouteLwTunnelEncap::Ip)
+            .to_vec(),
+        ),
+        (IpAddr::V6(source), IpAddr::V6(destination)) => (
+            RouteLwEnCapType::Ip6,
+            [
+                RouteIp6Tunnel::Id(id),
+                RouteIp6Tunnel::Source(source),
+                RouteIp6Tunnel::Destination(destination),
+                RouteIp6Tunnel::Hoplimit(HOPS),
+                RouteIp6Tunnel::Flags(RouteIp6TunnelFlags::from_bits_retain(CHECKSUM)),
+            ]
+            .map(RouteLwTunnelEncap::Ip6)
+            .to_vec(),
+        ),
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => return None,
+    };
+    Some([RouteAttribute::EncapType(kind), RouteAttribute::Encap(header)])
+}
+
+/// The outer header of a route, if it has exactly the shape in which we write it.
+fn decapsulate(header: &[RouteLwTunnelEncap]) -> Option<Encapsulation> {
+    let (mut id, mut source, mut destination, mut hops, mut flags) = (None, None, None, None, 0);
+    for attribute in header {
+        match attribute {
+            RouteLwTunnelEncap::Ip(RouteIpTunnel::Id(number)) | RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Id(number)) => {
+                id = Some(u32::try_from(*number).ok()?);
+            }
+            RouteLwTunnelEncap::Ip(RouteIpTunnel::Source(address)) => source = Some(IpAddr::V4(*address)),
+            RouteLwTunnelEncap::Ip(RouteIpTunnel::Destination(address)) => destination = Some(IpAddr::V4(*address)),
+            RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Source(address)) => source = Some(IpAddr::V6(*address)),
+            RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Destination(address)) => destination = Some(IpAddr::V6(*address)),
+            RouteLwTunnelEncap::Ip(RouteIpTunnel::Ttl(number))
+            | RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Hoplimit(number)) => hops = Some(*number),
+            RouteLwTunnelEncap::Ip(RouteIpTunnel::Flags(bits)) => flags = bits.bits(),
+            RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Flags(bits)) => flags = bits.bits(),
+            // The kernel shows a type of service of 0 that nobody asked for.
+            RouteLwTunnelEncap::Ip(RouteIpTunnel::Tos(0)) | RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Tc(0)) => {}
+            _ => return None,
+        }
+    }
+    let outer = Encapsulation {
+        id: id?,
+        source: source?,
+        destination: destination?,
+    };
+    let wanted = match Family::of(outer.destination) {
+        Family::V4 => CHECKSUM | DONT_FRAGMENT,
+        Family::V6 => CHECKSUM,
+    };
+    (hops == Some(HOPS) && flags == wanted).then_some(outer)
+}
+
+/// The message that makes `rule`, and the one that names it in a deletion.
+pub(super) fn rule(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family(rule.family);
+    message.header.table = Table::Node.number();
+    message.header.action = RuleAction::ToTable;
+    message.header.flags = RuleFlags::Invert;
+    message.attributes.extend([
+        RuleAttribute::Priority(Rule::PRIORITY),
+        RuleAttribute::FwMark(rule.unless.value()),
+        RuleAttribute::FwMask(rule.unless.mask()),
+        RuleAttribute::Table(u32::from(Table::Node.number())),
+        RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+    ]);
+    message
+}
+
+/// Reads a rule, if it is ours.
+pub(super) fn installed_rule(message: RuleMessage) -> Option<InstalledRule> {
+    let ours = RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL));
+    message.attributes.contains(&ours).then(|| InstalledRule {
+        rule: plain_rule(&message),
+        message,
+    })
+}
+
+/// The rule, if it has the shape in which we write them.
+fn plain_rule(message: &RuleMessage) -> Option<Rule> {
+    let family = match message.header.family {
+        AddressFamily::Inet => Family::V4,
+        AddressFamily::Inet6 => Family::V6,
+        _ => return None,
+    };
+    let (mut value, mut mask, mut table, mut priority) = (0, 0, u32::from(message.header.table), 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::FwMark(bits) => value = *bits,
+            RuleAttribute::FwMask(bits) => mask = *bits,
+            RuleAttribute::Table(number) => table = *number,
+            RuleAttribute::Priority(number) => priority = *number,
+            RuleAttribute::Protocol(_) => {}
+            // "None" in the kernel's words.
+            RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::SuppressIfGroup(u32::MAX) => {}
+            _ => return None,
+        }
+    }
+    let header = &message.header;
+    let plain = header.action == RuleAction::ToTable
+        && header.flags == RuleFlags::Invert
+        && (header.src_len, header.dst_len, header.tos) == (0, 0, 0)
+        && table == u32::from(Table::Node.number())
+        && priority == Rule::PRIORITY;
+    let unless = Mark::new(value, mask).ok()?;
+    plain.then_some(Rule { family, unless })
 }
 
 /// The message that names one address of a device.
@@ -86,11 +222,12 @@ pub(super) fn address(index: u32, address: IpAddr, length: u8) -> AddressMessage
 /// Reads a route of a table. `None` for one of no family we know.
 pub(super) fn installed(mut message: RouteMessage, name: impl Fn(u32) -> Option<String>) -> Option<InstalledRoute> {
     let destination = destination(&message)?;
+    let table = Table::of(table(&message))?;
     let route = plain(&message, destination, name);
     let shape = shape(&message, destination);
     let in_our_slot = in_our_slot(&message);
     // What is left names the route in a deletion: the kernel compares all of it, the protocol too. It takes a next hop object or its
-    // next hops, not both.
+    // next hops, not both. An encapsulation is not needed to tell ours from others.
     let by_object = message
         .attributes
         .iter()
@@ -110,6 +247,7 @@ pub(super) fn installed(mut message: RouteMessage, name: impl Fn(u32) -> Option<
     message.header.flags = Default::default();
     Some(InstalledRoute {
         destination,
+        table,
         route,
         in_our_slot,
         shape,
@@ -135,7 +273,7 @@ fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Opti
     if message.header.kind != RouteType::Unicast || !in_our_slot(message) {
         return None;
     }
-    let (mut device, mut via, mut source, mut mtu) = (None, None, None, None);
+    let (mut device, mut via, mut source, mut mtu, mut encapsulation) = (None, None, None, None, None);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => device = Some(name(*index)?),
@@ -147,12 +285,8 @@ fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Opti
                 [RouteMetric::Mtu(bytes)] => mtu = Some(Mtu::new(*bytes).ok()?),
                 _ => return None,
             },
-            RouteAttribute::MultiPath(_)
-            | RouteAttribute::NhId(_)
-            | RouteAttribute::Encap(_)
-            | RouteAttribute::Via(_) => {
-                return None;
-            }
+            RouteAttribute::Encap(header) => encapsulation = Some(decapsulate(header)?),
+            RouteAttribute::MultiPath(_) | RouteAttribute::NhId(_) | RouteAttribute::Via(_) => return None,
             _ => {}
         }
     }
@@ -162,6 +296,9 @@ fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Opti
         via,
         source,
         mtu,
+        onlink: message.header.flags.contains(RouteFlags::Onlink),
+        encapsulation,
+        table: Table::of(table(message))?,
     })
 }
 
@@ -176,6 +313,7 @@ fn shape(message: &RouteMessage, destination: Prefix) -> String {
             RouteAttribute::Priority(metric) => text.push_str(&format!(" metric {metric}")),
             RouteAttribute::MultiPath(hops) => text.push_str(&format!(" over {} next hops", hops.len())),
             RouteAttribute::NhId(object) => text.push_str(&format!(" nhid {object}")),
+            RouteAttribute::Encap(_) => text.push_str(" encap of another shape"),
             _ => {}
         }
     }

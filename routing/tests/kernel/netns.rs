@@ -65,7 +65,8 @@ impl Netns {
         let shown = |family: &str| self.ip(&format!("{family} route show {words}"));
         let lines = format!("{}{}", shown("-4"), shown("-6"));
         let clean = |line: &str| {
-            line.replace(" linkdown", "")
+            line.replace("  ", " ")
+                .replace(" linkdown", "")
                 .replace(" dead", "")
                 .replace(" pref medium", "")
                 .trim()

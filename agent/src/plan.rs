@@ -18,6 +18,7 @@ use shroud_model::{Family, Mtu, NodeName, Prefix, PublicKey};
 use shroud_routing::{Facts, Hop, HopKind, Link, Route, Scope, Sysctl};
 use shroud_tunnel::Backend;
 
+use crate::check::{Check, Problem};
 use crate::config::{Config, Detect, GateMode};
 
 /// Everything a plan depends on.
@@ -54,7 +55,7 @@ pub(crate) struct Plan {
     /// This node's own addresses, as other nodes are told.
     pub(crate) addresses: BTreeSet<IpAddr>,
     /// What keeps the plan from being as good as the operator wished.
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// How one peer is reached.
@@ -66,7 +67,7 @@ pub(crate) struct PlannedPeer {
     /// The largest pod packet that goes through the tunnel to it.
     pub(crate) mtu: Mtu,
     pub(crate) pod_prefixes: BTreeSet<Prefix>,
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// The addresses whose next hop a plan wants to know.
@@ -178,7 +179,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
     for prefix in &config.pod_prefixes {
         let taken_over = routes.iter().any(|route| route.destination.overlaps(*prefix));
         if taken_over {
-            problems.push(format!("a peer's pod prefix overlaps this node's own {prefix}"));
+            problems.push(Check::PrefixOverlaps.says(format!("a peer's pod prefix overlaps this node's own {prefix}")));
         }
     }
 
@@ -228,29 +229,30 @@ fn surrounding_problems(
     facts: &Facts,
     uplinks: &BTreeSet<String>,
     addresses: &BTreeSet<IpAddr>,
-) -> Vec<String> {
+) -> Vec<Problem> {
     let mut problems = Vec::new();
     if uplinks.is_empty() {
-        problems.push("no uplink: no device has a default route or reaches a peer; name them in `uplinks`".to_owned());
+        problems.push(
+            Check::NoUplink.says("no uplink: no device has a default route or reaches a peer; name them in `uplinks`"),
+        );
     }
     for device in uplinks.iter().filter(|device| !facts.links.contains_key(*device)) {
-        problems.push(format!(
+        problems.push(Check::UplinkMissing.says(format!(
             "uplink {device} does not exist; correct `uplinks`, or bring the device up"
-        ));
+        )));
     }
     if addresses.is_empty() {
-        problems.push(
-            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`"
-                .to_owned(),
-        );
+        problems.push(Check::NoAddress.says(
+            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`",
+        ));
     }
     for address in addresses
         .iter()
         .filter(|address| config.protected.iter().any(|range| range.contains(**address)))
     {
-        problems.push(format!(
+        problems.push(Check::AddressProtected.says(format!(
             "this node's address {address} lies in `protected`: its own tunnel would need a tunnel"
-        ));
+        )));
     }
     problems
 }
@@ -278,19 +280,19 @@ fn plan_peer(
     let mtu = match way {
         Some((endpoint, device, path_mtu)) => {
             if !uplinks.contains(device) {
-                problems.push(format!(
+                problems.push(Check::PeerNotOverUplink.says(format!(
                     "{} is reached over {device}, which is no uplink: name it in `uplinks`",
                     endpoint.ip()
-                ));
+                )));
             }
             link_mtu(facts, device, path_mtu).inside_wireguard(Family::of(endpoint.ip()))
         }
         None => {
             let tried: Vec<String> = peer.endpoints.iter().map(ToString::to_string).collect();
-            problems.push(format!(
+            problems.push(Check::PeerUnreachable.says(format!(
                 "no route to any of its endpoints ({}): check the underlay's routes",
                 tried.join(", ")
-            ));
+            )));
             smallest_tunnel_mtu(facts, uplinks)
         }
     };

@@ -8,8 +8,10 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use shroud_model::{Mtu, NodeName, Prefix, PublicKey};
 
+use crate::check::Problem;
+
 /// The version of the JSON form.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Whether every protected byte is encrypted and everything works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +43,7 @@ pub(crate) struct Status {
     pub(crate) refused: Vec<RefusedStatus>,
     pub(crate) pass: PassStatus,
     /// What needs a look, most pressing first.
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// Which WireGuard encrypts, and why that one.
@@ -75,7 +77,7 @@ pub(crate) struct DirectoryStatus {
     pub(crate) source: String,
     /// `waiting` before the first complete list, `cached` when what is known comes from the disk, `live` afterwards.
     pub(crate) state: String,
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// One peer.
@@ -94,7 +96,7 @@ pub(crate) struct PeerStatus {
     pub(crate) tx_bytes: u64,
     pub(crate) mtu: Mtu,
     pub(crate) pod_prefixes: Vec<Prefix>,
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// A node that is known and kept out.
@@ -114,7 +116,7 @@ pub(crate) struct PassStatus {
     pub(crate) number: u64,
     /// How many changes it made; 0 when the kernel was as planned.
     pub(crate) changes: usize,
-    pub(crate) failures: Vec<String>,
+    pub(crate) failures: Vec<Problem>,
     pub(crate) seconds: f64,
     /// The changes of the latest pass that made any, newest last; bounded.
     pub(crate) latest_changes: Vec<String>,

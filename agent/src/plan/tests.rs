@@ -44,7 +44,7 @@ fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
             path: Way::Local
         }
     );
-    assert_eq!(plan.problems, Vec::<String>::new());
+    assert_eq!(plan.problems, []);
 }
 
 #[test]
@@ -133,7 +133,8 @@ fn an_unreachable_peer_stays_a_peer_and_is_reported() {
     assert_eq!(plan.peers[&name("b")].endpoint, None);
     assert_eq!(
         plan.peers[&name("b")].problems,
-        ["no route to any of its endpoints (172.18.0.2:51820): check the underlay's routes"]
+        [Check::PeerUnreachable
+            .says("no route to any of its endpoints (172.18.0.2:51820): check the underlay's routes")]
     );
     assert_eq!(shown(&plan), ["10.244.2.0/24 dev shroud0 src 10.244.1.0 mtu 1420"]);
 }
@@ -155,8 +156,10 @@ fn a_machine_without_uplink_or_address_says_so() {
     assert_eq!(
         world.plan().problems,
         [
-            "no uplink: no device has a default route or reaches a peer; name them in `uplinks`",
-            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`",
+            Check::NoUplink.says("no uplink: no device has a default route or reaches a peer; name them in `uplinks`"),
+            Check::NoAddress.says(
+                "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`"
+            ),
         ]
     );
 }

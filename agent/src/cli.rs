@@ -19,6 +19,8 @@ pub(crate) enum Exit {
     Usage,
     /// The agent does not answer.
     Unreachable,
+    /// `shroud wire` cannot have its device: it is another process's, or no TUN device of ours. (The tunnel crate reads this number.)
+    DeviceTaken,
 }
 
 impl From<Exit> for ExitCode {
@@ -28,6 +30,7 @@ impl From<Exit> for ExitCode {
             Exit::Degraded => 1,
             Exit::Usage => 2,
             Exit::Unreachable => 3,
+            Exit::DeviceTaken => 4,
         })
     }
 }

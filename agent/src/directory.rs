@@ -15,6 +15,7 @@ use shroud_model::PublicKey;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::check::{Check, Problem};
 use crate::config::Config;
 use crate::reconcile::{Mesh, Presence, Wake, wake};
 use crate::status::DirectoryStatus;
@@ -166,14 +167,18 @@ impl Keeper {
             Some(shroud_keyd::directory::Origin::Cache) => "cached",
             Some(shroud_keyd::directory::Origin::Source) => "live",
         };
-        let own = [&self.source_problem, &self.cache_problem, &self.publish_problem];
-        let mut problems: Vec<String> = own.into_iter().flatten().cloned().collect();
-        problems.extend(
-            snapshot
-                .iter()
-                .flat_map(|snapshot| &snapshot.problems)
-                .map(ToString::to_string),
-        );
+        let own = [
+            (Check::DirectorySilent, &self.source_problem),
+            (Check::DirectoryNotSaved, &self.cache_problem),
+            (Check::DirectoryNotPublished, &self.publish_problem),
+        ];
+        let own = own
+            .into_iter()
+            .filter_map(|(check, problem)| Some(check.says(problem.as_ref()?)));
+        let doubts = snapshot.iter().flat_map(|snapshot| &snapshot.problems);
+        let problems: Vec<Problem> = own
+            .chain(doubts.map(|doubt| Check::DirectoryDoubtful.says(doubt.to_string())))
+            .collect();
         let directory = DirectoryStatus {
             source: source_name(&self.config),
             state: state.to_owned(),

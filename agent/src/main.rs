@@ -3,6 +3,7 @@
 //! `main` parses, dispatches and turns errors into exit codes; each command lives in a module of its own. [`daemon`] is the one place
 //! that knows every other crate.
 
+mod check;
 mod cleanup;
 mod cli;
 mod config;
@@ -76,8 +77,12 @@ fn wire(device: String, socket_dir: std::path::PathBuf) -> Exit {
     match shroud_wire::run(shroud_wire::Options { device, socket_dir }) {
         Ok(()) => Exit::Healthy,
         Err(error) => {
+            let exit = match error {
+                shroud_wire::Error::DeviceBusy(_) | shroud_wire::Error::DeviceForeign(_) => Exit::DeviceTaken,
+                _ => Exit::Degraded,
+            };
             tracing::error!(error = format!("{:#}", anyhow::Error::new(error)), "wire ends");
-            Exit::Degraded
+            exit
         }
     }
 }

@@ -23,6 +23,7 @@ use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sys
 use shroud_tunnel::Backend;
 
 use self::overlay::{End, mesh_address};
+use crate::check::{Check, Problem};
 use crate::config::{Config, Detect, GateMode};
 
 /// Everything a plan depends on.
@@ -66,7 +67,7 @@ pub(crate) struct Plan {
     /// The overlay packets that this node can receive.
     pub(crate) received: Vec<OverlayFormat>,
     /// What keeps the plan from being as good as the operator wished.
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// How one peer is reached.
@@ -84,7 +85,7 @@ pub(crate) struct PlannedPeer {
     pub(crate) pod_prefixes: BTreeSet<Prefix>,
     /// Whether the traffic of the two nodes themselves is encrypted too.
     pub(crate) encrypts_nodes: bool,
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// The addresses whose next hop a plan wants to know.
@@ -180,14 +181,19 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         let mut planned = plan_peer(config, peer, &addresses, facts, hops, &uplinks);
         match overlay::end(config, mode, peer, &addresses, hops, overlay_devices) {
             Ok(end) => planned.take(end),
-            Err(problem) => planned.problems.push(problem),
+            Err(problem) => planned.problems.push(Check::PeerOverlayDiffers.says(problem)),
         }
         peers.insert(name.clone(), planned);
     }
     let smallest_tunnel = smallest_tunnel_mtu(facts, &uplinks);
     let overlay = overlay::desired(config, &kinds, &addresses, &peers, smallest_tunnel);
     for device in overlay.devices.values() {
-        problems.extend(device.conflicts().iter().map(ToString::to_string));
+        problems.extend(
+            device
+                .conflicts()
+                .iter()
+                .map(|conflict| Check::OverlayConflict.says(conflict.to_string())),
+        );
     }
     // What overlays and encrypted nodes send through the tunnel has node addresses outside.
     let nodes_in_the_tunnel = !kinds.is_empty() || config.encrypt.nodes;
@@ -258,7 +264,7 @@ fn routing(
     uplinks: &BTreeSet<String>,
     kinds: &BTreeSet<OverlayKind>,
     smallest_tunnel: Mtu,
-    problems: &mut Vec<String>,
+    problems: &mut Vec<Problem>,
 ) -> shroud_routing::Desired {
     let device = &config.encryption.device;
     let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
@@ -273,7 +279,7 @@ fn routing(
     }
     for prefix in &config.pod_prefixes {
         if routes.iter().any(|route| route.destination.overlaps(*prefix)) {
-            problems.push(format!("a peer's pod prefix overlaps this node's own {prefix}"));
+            problems.push(Check::PrefixOverlaps.says(format!("a peer's pod prefix overlaps this node's own {prefix}")));
         }
     }
     // Return routes point at the uplink, so a strict reverse-path check would drop every decrypted packet; and during a change of mode a
@@ -307,29 +313,30 @@ fn surrounding_problems(
     facts: &Facts,
     uplinks: &BTreeSet<String>,
     addresses: &BTreeSet<IpAddr>,
-) -> Vec<String> {
+) -> Vec<Problem> {
     let mut problems = Vec::new();
     if uplinks.is_empty() {
-        problems.push("no uplink: no device has a default route or reaches a peer; name them in `uplinks`".to_owned());
+        problems.push(
+            Check::NoUplink.says("no uplink: no device has a default route or reaches a peer; name them in `uplinks`"),
+        );
     }
     for device in uplinks.iter().filter(|device| !facts.links.contains_key(*device)) {
-        problems.push(format!(
+        problems.push(Check::UplinkMissing.says(format!(
             "uplink {device} does not exist; correct `uplinks`, or bring the device up"
-        ));
+        )));
     }
     if addresses.is_empty() {
-        problems.push(
-            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`"
-                .to_owned(),
-        );
+        problems.push(Check::NoAddress.says(
+            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`",
+        ));
     }
     for address in addresses
         .iter()
         .filter(|address| config.protected.iter().any(|range| range.contains(**address)))
     {
-        problems.push(format!(
+        problems.push(Check::AddressProtected.says(format!(
             "this node's address {address} lies in `protected`: its own tunnel would need a tunnel"
-        ));
+        )));
     }
     problems
 }
@@ -358,19 +365,19 @@ fn plan_peer(
     let mtu = match way {
         Some((endpoint, device, path_mtu)) => {
             if !uplinks.contains(device) {
-                problems.push(format!(
+                problems.push(Check::PeerNotOverUplink.says(format!(
                     "{} is reached over {device}, which is no uplink: name it in `uplinks`",
                     endpoint.ip()
-                ));
+                )));
             }
             link_mtu(facts, device, path_mtu).inside_wireguard(Family::of(endpoint.ip()))
         }
         None => {
             let tried: Vec<String> = peer.endpoints.iter().map(ToString::to_string).collect();
-            problems.push(format!(
+            problems.push(Check::PeerUnreachable.says(format!(
                 "no route to any of its endpoints ({}): check the underlay's routes",
                 tried.join(", ")
-            ));
+            )));
             smallest_tunnel_mtu(facts, uplinks)
         }
     };

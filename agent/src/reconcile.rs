@@ -25,6 +25,7 @@ use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
 
+use crate::check::{Check, Driver, Problem};
 use crate::config::{Config, EncryptionBackend, GateAttach};
 use crate::plan::{Plan, Surroundings, View, addresses_of_interest, plan, uplinks};
 use crate::rates::{Rates, direction};
@@ -104,7 +105,7 @@ struct Pass {
     surroundings: Surroundings,
     snapshot: Arc<Snapshot>,
     changes: usize,
-    failures: Vec<String>,
+    failures: Vec<Problem>,
     took: Duration,
 }
 
@@ -112,24 +113,26 @@ struct Pass {
 #[derive(Default)]
 struct Report {
     changes: Vec<String>,
-    failures: Vec<String>,
+    failures: Vec<Problem>,
 }
 
 impl Report {
     /// Takes note of one change and how it went.
-    fn note(&mut self, driver: &str, change: &impl Display, result: Result<(), anyhow::Error>) {
+    fn note(&mut self, driver: Driver, change: &impl Display, result: Result<(), anyhow::Error>) {
         match result {
             Ok(()) => {
-                info!(driver, %change, "changed");
-                self.changes.push(format!("{driver}: {change}"));
+                info!(driver = driver.name(), %change, "changed");
+                self.changes.push(format!("{}: {change}", driver.name()));
             }
             Err(error) => self.fail(driver, &error.context(change.to_string())),
         }
     }
 
-    fn fail(&mut self, driver: &str, error: &anyhow::Error) {
-        warn!(driver, error = format!("{error:#}"), "failed");
-        self.failures.push(format!("{driver}: {error:#}"));
+    fn fail(&mut self, driver: Driver, error: &anyhow::Error) {
+        let check = driver.check(error);
+        warn!(driver = driver.name(), %check, error = format!("{error:#}"), "failed");
+        self.failures
+            .push(check.says(format!("{error:#}")).about(driver.name()));
     }
 }
 
@@ -199,13 +202,13 @@ impl Reconciler {
         };
         match self.gate.counters() {
             Ok(counters) => self.rates.sample(Instant::now(), counters),
-            Err(error) => report.fail("gate", &anyhow::Error::new(error).context("read the counters")),
+            Err(error) => report.fail(Driver::Gate, &anyhow::Error::new(error).context("read the counters")),
         }
         remember(&mut self.drops, self.gate.events().iter().map(drop_line));
         let (plan, surroundings, snapshot) = match converged {
             Ok(converged) => converged,
             Err(error) => {
-                report.fail("look", &error);
+                report.fail(Driver::Look, &error);
                 if let Some(last) = &mut self.last {
                     last.failures = report.failures;
                 }
@@ -258,7 +261,7 @@ impl Reconciler {
             }
             Err(error) => {
                 let error = anyhow::Error::new(error);
-                report.fail("tunnel", &error);
+                report.fail(Driver::Tunnel, &error);
                 Err(format!("{error:#}"))
             }
         };
@@ -308,8 +311,10 @@ impl Reconciler {
         };
         let surroundings = self.look(&nobody)?;
         let mut plan = self.plan(&nobody, &surroundings);
-        plan.problems
-            .push("waiting for the directory's first complete list; until then no new tunnel is opened".to_owned());
+        plan.problems.push(
+            Check::DirectoryWaiting
+                .says("waiting for the directory's first complete list; until then no new tunnel is opened"),
+        );
         if let Some(table) = self.gate.observe().context("read the gate")?.table {
             plan.gate.table = table;
         }
@@ -324,7 +329,7 @@ impl Reconciler {
         for address in addresses_of_interest(snapshot) {
             let hop = self
                 .kernel
-                .lookup(address, None, None)
+                .lookup(address, None, Some(self.config.gate.tunnel_mark))
                 .with_context(|| format!("look up the route to {address}"))?;
             hops.insert(address, hop);
         }
@@ -359,11 +364,11 @@ impl Reconciler {
     fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, report: &mut Report) {
         let observed = match self.gate.observe() {
             Ok(observed) => observed,
-            Err(error) => return report.fail("gate", &error.into()),
+            Err(error) => return report.fail(Driver::Gate, &error.into()),
         };
         for change in shroud_ebpf::diff(desired, &observed) {
             let result = self.gate.apply(&change).map_err(Into::into);
-            report.note("gate", &change, result);
+            report.note(Driver::Gate, &change, result);
         }
     }
 
@@ -372,7 +377,7 @@ impl Reconciler {
         let observed = match self.tunnel.observe(&desired.device) {
             Ok(observed) => observed,
             Err(error) => {
-                report.fail("tunnel", &error.into());
+                report.fail(Driver::Tunnel, &error.into());
                 return false;
             }
         };
@@ -387,7 +392,7 @@ impl Reconciler {
                 }
                 Ok(())
             });
-            report.note("tunnel", change, result);
+            report.note(Driver::Tunnel, change, result);
         }
         !changes.is_empty()
     }
@@ -402,7 +407,7 @@ impl Reconciler {
         let observed = match self.overlay.observe() {
             Ok(observed) => observed,
             Err(error) => {
-                report.fail("overlay", &error.into());
+                report.fail(Driver::Overlay, &error.into());
                 return false;
             }
         };
@@ -413,7 +418,7 @@ impl Reconciler {
         {
             tried = true;
             let result = self.overlay.apply(change).map_err(Into::into);
-            report.note("overlay", change, result);
+            report.note(Driver::Overlay, change, result);
         }
         tried
     }
@@ -421,11 +426,11 @@ impl Reconciler {
     fn ensure_routing(&mut self, desired: &shroud_routing::Desired, report: &mut Report) {
         let observed = match self.kernel.observe(desired) {
             Ok(observed) => observed,
-            Err(error) => return report.fail("routing", &error.into()),
+            Err(error) => return report.fail(Driver::Routing, &error.into()),
         };
         for change in shroud_routing::diff(desired, &observed) {
             let result = self.kernel.apply(&change).map_err(Into::into);
-            report.note("routing", &change, result);
+            report.note(Driver::Routing, &change, result);
         }
     }
 }

@@ -69,7 +69,7 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
     if !status.problems.is_empty() {
         lines.push(format!("\n{BAD}problems{BAD:#}"));
         for problem in &status.problems {
-            lines.push(format!("  - {}", printable(problem)));
+            lines.push(format!("  - {}", printable(&problem.to_string())));
         }
     }
     text(&lines)
@@ -131,7 +131,8 @@ fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
         let prefixes: Vec<String> = peer.pod_prefixes.iter().map(ToString::to_string).collect();
         row.push(list_or(&prefixes, "-"));
     }
-    row.push(printable(&list_or(&peer.problems, "-")));
+    let problems: Vec<String> = peer.problems.iter().map(ToString::to_string).collect();
+    row.push(printable(&list_or(&problems, "-")));
     row
 }
 

@@ -8,8 +8,10 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use shroud_model::{Mtu, NodeName, Prefix, PublicKey};
 
+use crate::check::Problem;
+
 /// The version of the JSON form.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Whether every protected byte is encrypted and everything works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +44,7 @@ pub(crate) struct Status {
     pub(crate) refused: Vec<RefusedStatus>,
     pub(crate) pass: PassStatus,
     /// What needs a look, most pressing first.
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// How pod packets find the other nodes.
@@ -86,7 +88,7 @@ pub(crate) struct DirectoryStatus {
     pub(crate) source: String,
     /// `waiting` before the first complete list, `cached` when what is known comes from the disk, `live` afterwards.
     pub(crate) state: String,
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// One peer.
@@ -109,7 +111,7 @@ pub(crate) struct PeerStatus {
     pub(crate) pod_prefixes: Vec<Prefix>,
     /// Whether the traffic of the two nodes themselves is encrypted too.
     pub(crate) encrypts_nodes: bool,
-    pub(crate) problems: Vec<String>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// A node that is known and kept out.
@@ -129,7 +131,7 @@ pub(crate) struct PassStatus {
     pub(crate) number: u64,
     /// How many changes it made; 0 when the kernel was as planned.
     pub(crate) changes: usize,
-    pub(crate) failures: Vec<String>,
+    pub(crate) failures: Vec<Problem>,
     pub(crate) seconds: f64,
     /// The changes of the latest pass that made any, newest last; bounded.
     pub(crate) latest_changes: Vec<String>,

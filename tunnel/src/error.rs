@@ -68,6 +68,26 @@ pub enum Error {
         /// The device.
         device: String,
     },
+    /// The data plane cannot have its device.
+    #[error("start the data plane of {device}: a device of that name exists and is another process's, or no TUN device; \
+        delete it (ip link del {device}) or name another; the log {} says which", log.display())]
+    DeviceTaken {
+        /// The device.
+        device: String,
+        /// The data plane's log.
+        log: PathBuf,
+    },
+    /// Another program has the UDP port.
+    #[error(
+        "set the listen port of {device}: another program has UDP port {port}; \
+        stop that (ss -ulpn shows it), or choose another port for this node"
+    )]
+    PortTaken {
+        /// The device.
+        device: String,
+        /// The port.
+        port: u16,
+    },
     /// The kernel backend is wanted, and the kernel cannot.
     #[error("backend \"kernel\": {0}; load or install the wireguard module, or use backend \"auto\" or \"userspace\"")]
     NoKernelWireGuard(String),

@@ -19,6 +19,8 @@ use rustix::process::{PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal
 use crate::Error;
 use crate::uapi::{Client, Owner};
 
+/// How the data plane ends when it cannot have its device: that is another process's, or no TUN device.
+const DEVICE_TAKEN: i32 = 4;
 /// How long a new data plane may take until it answers.
 const START: Duration = Duration::from_secs(3);
 /// How long an old one may take to end when asked, before it is made to.
@@ -107,6 +109,12 @@ impl Place<'_> {
         let client = self.client();
         loop {
             if let Some(status) = child.try_wait().map_err(failed)? {
+                if status.code() == Some(DEVICE_TAKEN) {
+                    return Err(Error::DeviceTaken {
+                        device: self.device.to_owned(),
+                        log,
+                    });
+                }
                 return Err(Error::Ended {
                     program: program.clone(),
                     status: status.to_string(),

@@ -180,10 +180,18 @@ impl Tunnel {
             }
             Change::RemovePeer { peer } => update.peers.push(PeerUpdate::new(*peer, Presence::Removed)),
         }
-        match desired.backend {
+        let written = match desired.backend {
             Backend::Kernel => kernel::write(&operation, &desired.device, &update),
             Backend::Userspace => self.client(&desired.device).write(&operation, &update),
-        }
+        };
+        written.map_err(|error| match (error, change) {
+            (Error::Refused { device, source, .. }, Change::SetListenPort { new, .. })
+                if source.kind() == std::io::ErrorKind::AddrInUse =>
+            {
+                Error::PortTaken { device, port: *new }
+            }
+            (error, _) => error,
+        })
     }
 
     /// Ends the device: the data plane's process and its socket, or the kernel's device. A TUN device stays, for routing to delete.

@@ -45,7 +45,7 @@ fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
             path: Way::Local
         }
     );
-    assert_eq!(plan.problems, Vec::<String>::new());
+    assert_eq!(plan.problems, []);
 }
 
 #[test]
@@ -134,7 +134,8 @@ fn an_unreachable_peer_stays_a_peer_and_is_reported() {
     assert_eq!(plan.peers[&name("b")].endpoint, None);
     assert_eq!(
         plan.peers[&name("b")].problems,
-        ["no route to any of its endpoints (172.18.0.2:51820): check the underlay's routes"]
+        [Check::PeerUnreachable
+            .says("no route to any of its endpoints (172.18.0.2:51820): check the underlay's routes")]
     );
     assert_eq!(shown(&plan), ["10.244.2.0/24 dev shroud0 src 10.244.1.0 mtu 1420"]);
 }
@@ -156,8 +157,10 @@ fn a_machine_without_uplink_or_address_says_so() {
     assert_eq!(
         world.plan().problems,
         [
-            "no uplink: no device has a default route or reaches a peer; name them in `uplinks`",
-            "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`",
+            Check::NoUplink.says("no uplink: no device has a default route or reaches a peer; name them in `uplinks`"),
+            Check::NoAddress.says(
+                "no address at which a peer could reach this node; give the uplink one, or name them in `addresses`"
+            ),
         ]
     );
 }
@@ -226,7 +229,7 @@ fn vxlan_wraps_what_goes_to_a_peer_that_receives_it() {
     assert_eq!(
         shown(&plan),
         [
-            "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan onlink src 10.244.1.0 mtu 1390",
+            "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan src 10.244.1.0 onlink mtu 1390",
             "fd00:10:244:2::/64 via fe80::5cc6:dfff:fe4c:8601 dev shroud.vxlan src fd00:10:244:1:: mtu 1390",
         ]
     );
@@ -267,7 +270,7 @@ fn an_ipv6_underlay_has_a_vxlan_device_of_its_own() {
 
     assert_eq!(
         shown(&world.plan())[0],
-        "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan6 onlink src 10.244.1.0 mtu 1350"
+        "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan6 src 10.244.1.0 onlink mtu 1350"
     );
 }
 
@@ -284,11 +287,11 @@ fn whoever_has_not_announced_an_overlay_is_sent_to_natively() {
             "10.244.2.0/24 via 172.18.0.2 dev eth0 src 10.244.1.0 mtu 1440"
         );
     }
-    assert_eq!(silent.plan().peers[&name("b")].problems, [""; 0]);
+    assert_eq!(silent.plan().peers[&name("b")].problems, []);
     assert_eq!(
         elsewhere.plan().peers[&name("b")].problems,
         [
-            "it receives vxlan:7:4789, this node sends vxlan:21320:4789, so it is sent to natively: give both the same `routing.vni` and port"
+            Check::PeerOverlayDiffers.says("it receives vxlan:7:4789, this node sends vxlan:21320:4789, so it is sent to natively: give both the same `routing.vni` and port")
         ]
     );
 }
@@ -365,7 +368,7 @@ fn traffic_of_nodes_is_encrypted_once_both_ask_for_it() {
         shown(&both.plan()),
         [
             "10.244.2.0/24 via 172.18.0.2 dev eth0 src 10.244.1.0 mtu 1440",
-            "172.18.0.2/32 dev eth0 mtu 1440 table 83",
+            "172.18.0.2/32 dev eth0 table 83 mtu 1440",
         ]
     );
     assert_eq!(both.plan().routing.rules.len(), 1);

@@ -11,6 +11,7 @@ use shroud_tunnel::{Backend, ObservedPeer};
 use tracing::error;
 
 use super::{Pass, Reconciler, drop_line, remember};
+use crate::check::Check;
 use crate::cli::Source;
 use crate::config::GateMode;
 use crate::explain::{self, Knowledge, attached_at, place};
@@ -208,45 +209,41 @@ fn judge(status: &mut Status, plan: &Plan) {
         .filter(|uplink| !status.gate.uplinks.contains(uplink))
         .collect();
     for uplink in missing {
-        status.problems.push(format!("the gate is not attached to {uplink}"));
+        let says = format!("the gate is not attached to {uplink}");
+        status.problems.push(Check::GateNotAttached.says(says));
     }
     match status.gate.mode.as_str() {
-        "audit" => status
-            .problems
-            .push("gate.mode is audit: what cannot be encrypted leaves in the clear".to_owned()),
-        "off" => status
-            .problems
-            .push("gate.mode is off: everything leaves in the clear".to_owned()),
+        "audit" => {
+            let says = "gate.mode is audit: what cannot be encrypted leaves in the clear";
+            status.problems.push(Check::GateAudits.says(says));
+        }
+        "off" => {
+            let says = "gate.mode is off: everything leaves in the clear";
+            status.problems.push(Check::GateOff.says(says));
+        }
         _ => {}
     }
     for peer in &status.peers {
-        status.problems.extend(
-            peer.problems
-                .iter()
-                .map(|problem| format!("peer {}: {problem}", peer.node)),
-        );
+        let whom = format!("peer {}", peer.node);
+        status
+            .problems
+            .extend(peer.problems.iter().map(|problem| problem.about(&whom)));
     }
     for refused in &status.refused {
-        status.problems.push(format!(
+        status.problems.push(Check::NodeRefused.says(format!(
             "node {} is refused: {}",
             refused.node,
             refused.reasons.join("; ")
-        ));
+        )));
     }
-    status.problems.extend(
-        status
-            .directory
-            .problems
-            .iter()
-            .map(|problem| format!("directory: {problem}")),
-    );
-    status.problems.extend(
-        status
-            .pass
-            .failures
-            .iter()
-            .map(|failure| format!("last pass: {failure}")),
-    );
+    let directory = &status.directory.problems;
+    status
+        .problems
+        .extend(directory.iter().map(|problem| problem.about("directory")));
+    let failures = &status.pass.failures;
+    status
+        .problems
+        .extend(failures.iter().map(|failure| failure.about("last pass")));
 
     let connected = status.peers.iter().filter(|peer| peer.problems.is_empty()).count();
     let total = status.peers.len() + status.refused.len();
@@ -282,15 +279,14 @@ fn peer_status(
         .map(|at| SystemTime::now().duration_since(at).unwrap_or_default());
     let mut problems = planned.problems.clone();
     match (seen, age) {
-        (None, _) => problems.push("not on the encryption device yet".to_owned()),
+        (None, _) => problems.push(Check::PeerNotConfigured.says("not on the encryption device yet")),
         (Some(_), None) if keepalive => {
-            problems.push("no handshake yet: is its UDP port reachable, and is its agent running?".to_owned())
+            let says = "no handshake yet: is its UDP port reachable, and is its agent running?";
+            problems.push(Check::PeerNoHandshake.says(says));
         }
         (Some(_), Some(age)) if keepalive && age > SESSION => {
-            problems.push(format!(
-                "no handshake for {} s: is its UDP port reachable?",
-                age.as_secs()
-            ));
+            let says = format!("no handshake for {} s: is its UDP port reachable?", age.as_secs());
+            problems.push(Check::PeerNoHandshake.says(says));
         }
         (Some(_), _) => {}
     }

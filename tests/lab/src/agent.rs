@@ -70,7 +70,7 @@ pub struct Status {
     /// The latest reconcile pass.
     pub pass: PassStatus,
     /// What needs a look.
-    pub problems: Vec<String>,
+    pub problems: Vec<Problem>,
     /// All of it.
     #[serde(skip)]
     pub raw: Value,
@@ -95,7 +95,7 @@ pub struct PeerStatus {
     /// Size of the largest inner packet in bytes.
     pub mtu: u32,
     /// What is wrong with it.
-    pub problems: Vec<String>,
+    pub problems: Vec<Problem>,
 }
 
 /// A node that an agent refuses.
@@ -108,6 +108,16 @@ pub struct RefusedStatus {
     pub reasons: Vec<String>,
 }
 
+/// Something that needs a look.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Problem {
+    /// The id that stays.
+    pub check: String,
+    /// The sentence for people.
+    pub says: String,
+}
+
 /// A reconcile pass.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -117,7 +127,7 @@ pub struct PassStatus {
     /// Changes it made.
     pub changes: u64,
     /// What it could not do.
-    pub failures: Vec<String>,
+    pub failures: Vec<Problem>,
 }
 
 impl AgentOptions {
@@ -288,6 +298,14 @@ impl Status {
         } else {
             Err(format!("{}: {met} of {} handshakes", self.node, nodes - 1))
         }
+    }
+
+    /// The sentence of the first problem with this id.
+    pub fn says(&self, check: &str) -> Option<&str> {
+        self.problems
+            .iter()
+            .find(|problem| problem.check == check)
+            .map(|problem| problem.says.as_str())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use shroud_wire::{LOG_FILTER, Options};
+use shroud_wire::{Error, LOG_FILTER, Options};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -26,7 +26,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
-            ExitCode::FAILURE
+            match error {
+                // As `shroud wire` ends.
+                Error::DeviceBusy(_) | Error::DeviceForeign(_) => ExitCode::from(4),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -30,13 +30,15 @@ const EVENTS: &str = "EVENTS";
 const EVENT_BUDGET: &str = "EVENT_BUDGET";
 const MAPS: [&str; 6] = [PREFIXES, SETTINGS, ACTIVE, COUNTERS, EVENTS, EVENT_BUDGET];
 
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: [&str; 8] = [
     "shroud_egress",
     "shroud_ingress",
     "shroud_pod",
     "shroud_l3_out",
     "shroud_l3_in",
     "shroud_l3_pod",
+    "shroud_decrypt",
+    "shroud_l3_decr",
 ];
 
 /// So many events are handed out at once; the rest waits for the next call.

@@ -487,7 +487,7 @@ mod tests {
         assert_eq!(verdict("10.244.3.2"), (Action::Drop, Reason::Fenced));
         assert_eq!(verdict("10.244.9.2"), (Action::Drop, Reason::UnknownNode));
         assert_eq!(verdict("10.244.1.9"), (Action::Drop, Reason::Local));
-        assert_eq!(verdict("192.0.2.1"), (Action::Pass, Reason::Unprotected));
+        assert_eq!(verdict("198.51.100.1"), (Action::Pass, Reason::Unprotected));
     }
 
     proptest! {

@@ -170,8 +170,10 @@ pub fn egress<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> Verdict {
     }
     let outer = &packet.outer;
     let destination = lookup.entry(&outer.destination);
-    // A mark is only a claim: whoever holds CAP_NET_ADMIN can set it. It excuses nothing that is for a pod.
+    // A mark is only a claim: whoever holds CAP_NET_ADMIN can set it. It excuses nothing that is for a pod, nor what carries a pod's packet
+    // and has the tunnel's port by chance.
     if settings.is_tunnel_mark(mark)
+        && packet.shape == Shape::Ip
         && leaves_the_tunnel(outer, settings)
         && (!destination.is_protected() || destination.is_node())
     {
@@ -184,10 +186,10 @@ pub fn egress<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> Verdict {
     }
     if packet.shape == Shape::OverlayOfIp {
         let inside = egress_inside(packet, mark, &destination, lookup);
-        if inside.reason != Reason::Unprotected && (inside.reason != Reason::Plain || is_in_the_clear(&verdict)) {
+        if inside.reason != Reason::Unprotected && (inside.reason != Reason::Plain || asks_for_nothing(&verdict)) {
             return inside;
         }
-    } else if is_hidden(packet, settings) && is_in_the_clear(&verdict) {
+    } else if is_hidden(packet, settings) && asks_for_nothing(&verdict) {
         return Verdict::refuse(settings, Reason::Malformed, 0);
     }
     verdict
@@ -267,7 +269,7 @@ pub fn ingress<L: Lookup>(packet: &Packet, lookup: &L) -> Verdict {
         return Verdict::pass(Reason::Tunnel, 0);
     }
     let verdict = ingress_flow(lookup, outer, &source);
-    if verdict.reason != Reason::Unprotected && verdict.reason != Reason::OpenPort {
+    if !asks_for_nothing(&verdict) {
         return verdict;
     }
     if packet.shape == Shape::OverlayOfIp {
@@ -391,9 +393,10 @@ fn involves_a_pod(source: &Entry, destination: &Entry) -> bool {
     source.is_protected() && destination.is_protected() && !(source.is_node() && destination.is_node())
 }
 
+/// Whether a packet's own addresses ask for nothing, so that what is inside decides alone.
 #[inline(always)]
-fn is_in_the_clear(verdict: &Verdict) -> bool {
-    verdict.action == Action::Pass
+fn asks_for_nothing(verdict: &Verdict) -> bool {
+    matches!(verdict.reason, Reason::Unprotected | Reason::OpenPort)
 }
 
 /// Whether a packet between nodes must never need the tunnel.

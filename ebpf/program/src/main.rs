@@ -3,6 +3,7 @@
 //! ```text
 //!   pod device ──> pod ──> stack ──> egress ──> uplink          (egress: pass, redirect into the encryption device, or drop)
 //!                                    ingress <── uplink          (ingress: pass or drop)
+//!                                  decrypted <── encryption device  (decrypted: pass or drop)
 //! ```
 //!
 //! No helper newer than Linux 5.8, no loop the verifier has to guess, so that the same object runs on 6.1 and later. It decides nothing
@@ -89,6 +90,16 @@ pub fn shroud_l3_pod(ctx: TcContext) -> i32 {
     pod(&ctx, Link::Ip)
 }
 
+#[classifier]
+pub fn shroud_decrypt(ctx: TcContext) -> i32 {
+    decrypted(&ctx, Link::Ethernet)
+}
+
+#[classifier]
+pub fn shroud_l3_decr(ctx: TcContext) -> i32 {
+    decrypted(&ctx, Link::Ip)
+}
+
 #[inline(always)]
 fn egress(ctx: &TcContext, link: Link) -> i32 {
     // The kernel always finds the one entry of an array; the verifier wants to hear what if not.
@@ -110,6 +121,17 @@ fn ingress(ctx: &TcContext, link: Link) -> i32 {
     read(ctx, link, table.settings, &mut packet);
     let verdict = shroud_gate::ingress(&packet, &table);
     settle(ctx, Direction::Ingress, &packet, &verdict)
+}
+
+#[inline(always)]
+fn decrypted(ctx: &TcContext, link: Link) -> i32 {
+    let Some(table) = Table::active() else {
+        return TC_ACT_SHOT;
+    };
+    let mut packet = Packet::NOT_IP;
+    read(ctx, link, table.settings, &mut packet);
+    let verdict = shroud_gate::decrypted(&packet, &table);
+    settle(ctx, Direction::Decrypted, &packet, &verdict)
 }
 
 #[inline(always)]

@@ -64,7 +64,7 @@ fn another_build_is_replaced_in_place_and_keeps_its_tables_and_counters() {
         let world = World::new();
         reconcile(&mut world.open(attach), &desired());
         let before = world.program_ids();
-        let programs = world.pins.0.join("v1/programs");
+        let programs = world.pins.0.join("v2/programs");
         let build = fs::read_dir(&programs).unwrap().next().unwrap().unwrap().path();
         fs::rename(&build, programs.join("0123456789abcdef")).unwrap();
 
@@ -129,7 +129,7 @@ fn what_somebody_detached_is_attached_again() {
     let world = World::new();
     let mut gate = world.open(Attach::Tcx);
     reconcile(&mut gate, &desired());
-    for link in fs::read_dir(world.pins.0.join("v1/links")).unwrap() {
+    for link in fs::read_dir(world.pins.0.join("v2/links")).unwrap() {
         let link = link.unwrap().path();
         if link.to_str().unwrap().ends_with("-egress") {
             fs::remove_file(link).unwrap();
@@ -150,7 +150,7 @@ fn a_link_that_was_detached_by_force_is_seen_as_missing() {
     let world = World::new();
     let mut gate = world.open(Attach::Tcx);
     reconcile(&mut gate, &desired());
-    let links = fs::read_dir(world.pins.0.join("v1/links"))
+    let links = fs::read_dir(world.pins.0.join("v2/links"))
         .unwrap()
         .map(|link| link.unwrap().path());
     let egress = links
@@ -209,7 +209,7 @@ fn a_table_that_somebody_changed_is_replaced() {
     let world = World::new();
     let mut gate = world.open(Attach::Auto);
     reconcile(&mut gate, &desired());
-    let settings = world.pins.0.join("v1/maps/SETTINGS");
+    let settings = world.pins.0.join("v2/maps/SETTINGS");
 
     // The generation in force is number 1: the first table went there.
     let mut value = vec![
@@ -225,7 +225,7 @@ fn a_table_that_somebody_changed_is_replaced() {
         "0",
         "value",
     ];
-    value.extend(["0"; 48]);
+    value.extend(["0"; 116]);
     run(&value);
 
     assert_eq!(gate.observe().unwrap().table, None);
@@ -417,6 +417,7 @@ fn desired() -> Desired {
     Desired {
         uplinks: ["eth0".to_owned()].into(),
         pod_devices: ["pod0".to_owned()].into(),
+        encryption: None,
         table: table(Mode::Enforce),
     }
 }
@@ -512,7 +513,7 @@ impl Foreign {
     fn new() -> Self {
         let pins = PinDirectory::new();
         drop(Gate::open(&pins.options(Attach::Auto)).unwrap());
-        let build = fs::read_dir(pins.0.join("v1/programs"))
+        let build = fs::read_dir(pins.0.join("v2/programs"))
             .unwrap()
             .next()
             .unwrap()

@@ -1,9 +1,10 @@
 //! The table of the cases, as user space writes it.
 
-use shroud_ebpf::{Mode, Owner, Path, Table};
+use shroud_ebpf::{Mode, Node, NodePath, Owner, Path, Table};
 use shroud_model::{Mark, NodeId, Prefix};
 
 use crate::cases::{DEVICE, LISTEN_PORT, MASK, PLAIN, TUNNEL};
+use crate::packet::VNI;
 
 /// The table that `cases.rs` draws.
 pub(crate) fn table(mode: Mode) -> Table {
@@ -30,6 +31,30 @@ pub(crate) fn table(mode: Mode) -> Table {
         exempt: [prefix("10.244.1.7/32")].into(),
         vxlan_ports: [4789, 8472].into(),
         geneve_ports: [6081].into(),
+        nodes: [
+            ("192.0.2.1", 1, NodePath::LocalOpen),
+            ("192.0.2.2", 2, NodePath::Open),
+            ("192.0.2.3", 3, NodePath::Open),
+            ("2001:db8::1", 1, NodePath::LocalOpen),
+            ("2001:db8::2", 2, NodePath::Open),
+            ("203.0.113.1", 1, NodePath::LocalProtected),
+            ("203.0.113.2", 2, NodePath::Encrypted),
+            ("203.0.113.3", 3, NodePath::Fenced),
+            ("2001:db8:1::1", 1, NodePath::LocalProtected),
+            ("2001:db8:1::2", 2, NodePath::Encrypted),
+        ]
+        .map(|(address, node, path)| {
+            (
+                address.parse().unwrap(),
+                Node {
+                    node: NodeId(node),
+                    path,
+                },
+            )
+        })
+        .into(),
+        overlay: Some(VNI),
+        open_ports: ["tcp/6443", "udp/53"].map(|port| port.parse().unwrap()).into(),
     }
 }
 

@@ -30,6 +30,7 @@ fn the_program_does_to_each_packet_what_it_must() {
         let program = match case.direction {
             Direction::Egress => "shroud_egress",
             Direction::Ingress => "shroud_ingress",
+            Direction::Decrypted => "shroud_decrypt",
         };
         let (given, mark) = loaded.run(program, &case.frame, case.mark);
         assert_eq!((given, mark), (code, case.mark), "{}", case.name);
@@ -234,10 +235,13 @@ fn the_verifier_is_far_from_its_limit() {
         "shroud_l3_out",
         "shroud_l3_in",
         "shroud_l3_pod",
+        "shroud_decrypt",
+        "shroud_l3_decr",
     ] {
         let program = SchedClassifier::from_pin(loaded.path(program)).unwrap();
         let info = program.info().unwrap();
         let walked = info.verified_instruction_count().unwrap();
+        eprintln!("{}: {walked} instructions walked", info.name_as_str().unwrap());
         assert!(
             walked < VERIFIER_LIMIT / 4,
             "{}: {walked} instructions",
@@ -280,7 +284,7 @@ impl Loaded {
     }
 
     fn path(&self, program: &str) -> String {
-        let programs = self.pins.0.join("v1/programs");
+        let programs = self.pins.0.join("v2/programs");
         let build = std::fs::read_dir(programs).unwrap().next().unwrap().unwrap().path();
         build.join(program).to_str().unwrap().to_owned()
     }

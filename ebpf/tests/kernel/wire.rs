@@ -302,6 +302,7 @@ impl World {
         let desired = Desired {
             uplinks: ["eth0".to_owned()].into(),
             pod_devices: [].into(),
+            encryption: None,
             table,
         };
         Self {

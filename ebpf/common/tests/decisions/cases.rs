@@ -8,11 +8,16 @@
 //!   node 3         10.244.3.0/24  fd00:10:244:3::/64   fenced
 //!   nobody         10.244.9.0/24  fd00:10:244:9::/64
 //! ```
+//!
+//! Each node has addresses of its own twice: 192.0.2.N and 2001:db8::N are known and not protected, 203.0.113.N and 2001:db8:1::N are
+//! protected. Node 2's pods are encrypted, so are its protected addresses; node 3's are fenced. Port 6443 of TCP and 53 of UDP stay open.
 
-use shroud_gate::Direction::{self, Egress, Ingress};
+use shroud_gate::Direction::{self, Decrypted as Out, Egress, Ingress};
 use shroud_gate::Reason;
 
-use crate::packet::{echo, ethernet, frame, geneve, ip, udp, udp_datagram, vlan, vxlan};
+use crate::packet::{
+    VNI, echo, ethernet, frame, geneve, geneve_of, icmpv6, ip, udp, udp_datagram, vlan, vxlan, vxlan_of,
+};
 
 /// The tunnel's port in every case.
 pub(crate) const LISTEN_PORT: u16 = 51820;
@@ -56,7 +61,8 @@ pub(crate) struct Case {
 pub(crate) fn cases() -> Vec<Case> {
     use Fate::{Drop, Pass, Redirect};
     use Reason::{
-        ClearText, Fenced, Local, Malformed, NotIp, Overlay, Plain, SpoofedSource, Tunnel, UnknownNode, Unprotected,
+        ClearText, Decrypted, Fenced, Local, Malformed, NotIp, OpenPort, Overlay, Plain, SpoofedSource, Tunnel,
+        UnknownNode, Unprotected,
     };
 
     let case = |name, direction, mark, frame, fate, node| Case {
@@ -96,6 +102,19 @@ pub(crate) fn cases() -> Vec<Case> {
         }
         chain.extend(payload);
         ip("2001:db8::1", "2001:db8::2", 60, &chain)
+    };
+    let decrypted = |name, packet: Vec<u8>, fate, node| case(name, Out, 0, ethernet(&packet), fate, node);
+    let peer_to = || echo("10.244.2.2", "10.244.1.2");
+    let from_peer = |payload: Vec<u8>| udp("192.0.2.2", "192.0.2.1", (1, 4789), &payload);
+    let between_protected = |ports: (u16, u16), payload: Vec<u8>| udp("203.0.113.1", "203.0.113.2", ports, &payload);
+    let tcp = |source, destination, (from, to): (u16, u16)| {
+        let ports = [from.to_be_bytes(), to.to_be_bytes()].concat();
+        ip(source, destination, 6, &[&ports[..], &[0; 16]].concat())
+    };
+    // The addresses of an IPv6 packet, the other way round.
+    let swapped = |mut packet: Vec<u8>| {
+        packet[8..40].rotate_left(16);
+        packet
     };
     let vxlan_to_peer = || udp_datagram((40000, 4789), &vxlan(&ethernet(&to_peer())));
 
@@ -254,25 +273,25 @@ pub(crate) fn cases() -> Vec<Case> {
         out(
             "VXLAN around pod traffic",
             overlay((40000, 4789), vxlan(&ethernet(&to_peer()))),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
             "VXLAN around pod traffic, IPv6",
             overlay((40000, 4789), vxlan(&ethernet(&to_peer6()))),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
             "VXLAN around a tagged frame",
             overlay((40000, 4789), vxlan(&vlan(0x8100, &ethernet(&to_peer())))),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
             "VXLAN over IPv6",
             udp("2001:db8::1", "2001:db8::2", (1, 4789), &vxlan(&ethernet(&to_peer()))),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
@@ -284,7 +303,7 @@ pub(crate) fn cases() -> Vec<Case> {
         out(
             "VXLAN behind IPv4 options",
             with_options(overlay((1, 4789), vxlan(&ethernet(&to_peer())))),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
@@ -326,13 +345,13 @@ pub(crate) fn cases() -> Vec<Case> {
         out(
             "Geneve around pod traffic",
             overlay((1, 6081), geneve(0x6558, &ethernet(&to_peer()))),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
             "Geneve around a bare IPv6 packet",
             overlay((1, 6081), geneve(0x86dd, &to_peer6())),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
@@ -344,7 +363,7 @@ pub(crate) fn cases() -> Vec<Case> {
         out(
             "VXLAN behind two IPv6 extension headers",
             extensions(2, &vxlan_to_peer()),
-            Drop(Overlay),
+            Redirect,
             2,
         ),
         out(
@@ -352,6 +371,310 @@ pub(crate) fn cases() -> Vec<Case> {
             extensions(5, &vxlan_to_peer()),
             Drop(Malformed),
             0,
+        ),
+        // Overlays that do not lead to the owner.
+        out(
+            "VXLAN of a foreign VNI around pod traffic",
+            overlay((40000, 4789), vxlan_of(VNI + 1, &ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        out(
+            "VXLAN whose VNI differs in its first byte",
+            overlay((40000, 4789), vxlan_of(VNI ^ 0x10_0000, &ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        out(
+            "Geneve of a foreign VNI around pod traffic",
+            overlay((1, 6081), geneve_of(VNI + 0x100, 0x6558, &ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        out(
+            "VXLAN to another node than the owner",
+            udp("192.0.2.1", "192.0.2.3", (1, 4789), &vxlan(&ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        out(
+            "VXLAN to an address that is no node's",
+            udp("192.0.2.1", "192.0.2.9", (1, 4789), &vxlan(&ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        out(
+            "VXLAN around traffic to a range nobody owns",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.2", "10.244.9.2")))),
+            Drop(UnknownNode),
+            0,
+        ),
+        out(
+            "VXLAN around traffic from an exempt pod without the mark",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.7", "10.244.2.2")))),
+            Redirect,
+            2,
+        ),
+        marked(
+            "VXLAN around traffic from an exempt pod",
+            PLAIN,
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.7", "10.244.2.2")))),
+            Pass(Plain),
+            2,
+        ),
+        marked(
+            "VXLAN with the tunnel's mark",
+            TUNNEL,
+            overlay((1, 4789), vxlan(&ethernet(&to_peer()))),
+            Redirect,
+            2,
+        ),
+        marked(
+            "VXLAN with the tunnel's mark and, by chance, its port",
+            TUNNEL,
+            overlay((LISTEN_PORT, 4789), vxlan_of(VNI + 1, &ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        // Nodes whose own traffic is protected.
+        out(
+            "node to node, protected",
+            echo("203.0.113.1", "203.0.113.2"),
+            Redirect,
+            2,
+        ),
+        out(
+            "node to node, protected, IPv6",
+            echo("2001:db8:1::1", "2001:db8:1::2"),
+            Redirect,
+            2,
+        ),
+        out(
+            "node to a fenced node",
+            echo("203.0.113.1", "203.0.113.3"),
+            Drop(Fenced),
+            3,
+        ),
+        out(
+            "protected node to one that is not",
+            echo("203.0.113.1", "192.0.2.2"),
+            Pass(Unprotected),
+            0,
+        ),
+        out(
+            "node that is not protected to one that is",
+            echo("192.0.2.1", "203.0.113.2"),
+            Pass(Unprotected),
+            0,
+        ),
+        out(
+            "protected node to a router",
+            echo("203.0.113.1", "203.0.113.99"),
+            Pass(Unprotected),
+            0,
+        ),
+        out(
+            "pod to a protected node",
+            echo("10.244.1.2", "203.0.113.2"),
+            Redirect,
+            2,
+        ),
+        out(
+            "protected node to a pod",
+            echo("203.0.113.1", "10.244.2.2"),
+            Redirect,
+            2,
+        ),
+        out(
+            "protected node to a fenced pod",
+            echo("203.0.113.1", "10.244.3.2"),
+            Drop(Fenced),
+            3,
+        ),
+        out(
+            "pod to a node that is not protected",
+            echo("10.244.1.2", "192.0.2.2"),
+            Pass(Unprotected),
+            0,
+        ),
+        out(
+            "to an open TCP port",
+            tcp("203.0.113.1", "203.0.113.2", (40000, 6443)),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "from an open TCP port",
+            tcp("203.0.113.1", "203.0.113.2", (6443, 40000)),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "to an open UDP port",
+            udp("203.0.113.1", "203.0.113.2", (40000, 53), b"x"),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "to an open port, IPv6",
+            tcp("2001:db8:1::1", "2001:db8:1::2", (40000, 6443)),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "to an open port of a fenced node",
+            tcp("203.0.113.1", "203.0.113.3", (40000, 6443)),
+            Pass(OpenPort),
+            3,
+        ),
+        out(
+            "the open number of the other protocol",
+            udp("203.0.113.1", "203.0.113.2", (40000, 6443), b"x"),
+            Redirect,
+            2,
+        ),
+        out(
+            "the number next to an open one",
+            tcp("203.0.113.1", "203.0.113.2", (6442, 6444)),
+            Redirect,
+            2,
+        ),
+        out(
+            "a later fragment of an open port",
+            fragment(tcp("203.0.113.1", "203.0.113.2", (1, 6443)), 100),
+            Redirect,
+            2,
+        ),
+        out(
+            "pod to a node's open port",
+            tcp("10.244.1.2", "203.0.113.2", (40000, 6443)),
+            Redirect,
+            2,
+        ),
+        out(
+            "protected node to a pod's open port",
+            tcp("203.0.113.1", "10.244.2.2", (6443, 6443)),
+            Redirect,
+            2,
+        ),
+        out(
+            "neighbour solicitation",
+            icmpv6("2001:db8:1::1", "2001:db8:1::2", 135),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "redirect",
+            icmpv6("2001:db8:1::1", "2001:db8:1::2", 137),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "the ICMPv6 types next to neighbour discovery",
+            icmpv6("2001:db8:1::1", "2001:db8:1::2", 132),
+            Redirect,
+            2,
+        ),
+        out(
+            "and on the other side",
+            icmpv6("2001:db8:1::1", "2001:db8:1::2", 138),
+            Redirect,
+            2,
+        ),
+        out(
+            "a pod's neighbour solicitation",
+            icmpv6("fd00:10:244:1::2", "2001:db8:1::2", 135),
+            Redirect,
+            2,
+        ),
+        marked(
+            "tunnel to a protected node",
+            TUNNEL,
+            udp("203.0.113.1", "203.0.113.2", (LISTEN_PORT, LISTEN_PORT), b"x"),
+            Pass(Tunnel),
+            0,
+        ),
+        marked(
+            "tunnel to a fenced node",
+            TUNNEL,
+            udp("203.0.113.1", "203.0.113.3", (LISTEN_PORT, LISTEN_PORT), b"x"),
+            Pass(Tunnel),
+            0,
+        ),
+        out(
+            "the tunnel's port without its mark",
+            udp("203.0.113.1", "203.0.113.2", (LISTEN_PORT, LISTEN_PORT), b"x"),
+            Redirect,
+            2,
+        ),
+        out(
+            "overlay between protected nodes",
+            between_protected((1, 4789), vxlan(&ethernet(&to_peer()))),
+            Redirect,
+            2,
+        ),
+        out(
+            "overlay of a foreign VNI between protected nodes",
+            between_protected((1, 4789), vxlan_of(VNI + 1, &ethernet(&to_peer()))),
+            Drop(Overlay),
+            2,
+        ),
+        out(
+            "overlay between protected nodes to the fenced",
+            between_protected((1, 4789), vxlan(&ethernet(&echo("10.244.1.2", "10.244.3.2")))),
+            Drop(Fenced),
+            3,
+        ),
+        marked(
+            "an exempt pod's overlay between protected nodes",
+            PLAIN,
+            between_protected((1, 4789), vxlan(&ethernet(&echo("10.244.1.7", "10.244.2.2")))),
+            Redirect,
+            2,
+        ),
+        out(
+            "others' overlay between protected nodes",
+            between_protected(
+                (1, 4789),
+                vxlan_of(VNI + 1, &ethernet(&echo("172.16.0.1", "172.16.0.2"))),
+            ),
+            Redirect,
+            2,
+        ),
+        out(
+            "overlay of ARP between protected nodes",
+            between_protected((1, 4789), vxlan(&frame(0x0806, &[0; 28]))),
+            Redirect,
+            2,
+        ),
+        out(
+            "overlay from an open port",
+            between_protected((53, 4789), vxlan(&ethernet(&to_peer()))),
+            Redirect,
+            2,
+        ),
+        out(
+            "overlay from an open port to the fenced",
+            between_protected((53, 4789), vxlan(&ethernet(&echo("10.244.1.2", "10.244.3.2")))),
+            Drop(Fenced),
+            3,
+        ),
+        out(
+            "overlay that cannot be read, from an open port",
+            between_protected((53, 4789), cut(vxlan(&ethernet(&to_peer())), 10)),
+            Drop(Malformed),
+            0,
+        ),
+        out(
+            "a pod's own VXLAN",
+            udp(
+                "10.244.1.2",
+                "10.244.2.2",
+                (1, 4789),
+                &vxlan(&ethernet(&echo("10.244.1.2", "10.244.3.2"))),
+            ),
+            Redirect,
+            2,
         ),
         // Broken.
         out(
@@ -453,5 +776,338 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         into("IPv4 cut short", cut(to_peer(), 9), Drop(Malformed), 0),
         case("ARP in", Ingress, 0, frame(0x0806, &[0; 28]), Pass(NotIp), 0),
+        // Coming in from nodes whose own traffic is protected.
+        into(
+            "in the clear from a protected node",
+            echo("203.0.113.2", "203.0.113.1"),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "in the clear from a protected node, IPv6",
+            echo("2001:db8:1::2", "2001:db8:1::1"),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "in the clear from a fenced node",
+            echo("203.0.113.3", "203.0.113.1"),
+            Drop(ClearText),
+            3,
+        ),
+        into(
+            "in the clear from a protected node to a pod",
+            echo("203.0.113.2", "10.244.1.2"),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "with this node's protected address",
+            echo("203.0.113.1", "203.0.113.1"),
+            Drop(SpoofedSource),
+            1,
+        ),
+        into(
+            "from a protected node to everybody",
+            echo("203.0.113.2", "224.0.0.18"),
+            Pass(Unprotected),
+            0,
+        ),
+        into(
+            "from a protected node to an open address",
+            echo("203.0.113.2", "192.0.2.1"),
+            Pass(Unprotected),
+            0,
+        ),
+        into(
+            "from an open node to a pod",
+            echo("192.0.2.2", "10.244.1.2"),
+            Pass(Unprotected),
+            0,
+        ),
+        into(
+            "a solicitation to everybody",
+            icmpv6("2001:db8:1::2", "ff02::1:ff00:1", 135),
+            Pass(Unprotected),
+            0,
+        ),
+        into(
+            "a neighbour's solicitation",
+            icmpv6("2001:db8:1::2", "2001:db8:1::1", 135),
+            Pass(OpenPort),
+            2,
+        ),
+        into(
+            "a neighbour's echo",
+            icmpv6("2001:db8:1::2", "2001:db8:1::1", 128),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "from an open port",
+            tcp("203.0.113.2", "203.0.113.1", (6443, 40000)),
+            Pass(OpenPort),
+            2,
+        ),
+        into(
+            "to an open port",
+            tcp("203.0.113.3", "203.0.113.1", (40000, 6443)),
+            Pass(OpenPort),
+            3,
+        ),
+        into(
+            "to an open port with this node's address",
+            tcp("203.0.113.1", "203.0.113.1", (40000, 6443)),
+            Drop(SpoofedSource),
+            1,
+        ),
+        into(
+            "to a pod's open port",
+            tcp("203.0.113.2", "10.244.1.2", (6443, 6443)),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "to an open port from a pod",
+            tcp("10.244.2.2", "203.0.113.1", (40000, 6443)),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "the tunnel of a protected node",
+            udp("203.0.113.2", "203.0.113.1", (LISTEN_PORT, LISTEN_PORT), b"x"),
+            Pass(Tunnel),
+            0,
+        ),
+        into(
+            "from the tunnel's port of a protected node to another",
+            udp("203.0.113.2", "203.0.113.1", (LISTEN_PORT, 9), b"x"),
+            Drop(ClearText),
+            2,
+        ),
+        // Overlay packets that somebody in the underlay made.
+        into(
+            "VXLAN in the clear from the internet to a pod",
+            udp(
+                "198.51.100.9",
+                "192.0.2.1",
+                (1, 4789),
+                &vxlan(&ethernet(&echo("198.51.100.1", "10.244.1.2"))),
+            ),
+            Drop(ClearText),
+            0,
+        ),
+        into(
+            "VXLAN of a foreign VNI from the internet to a pod",
+            udp(
+                "198.51.100.9",
+                "192.0.2.1",
+                (1, 4789),
+                &vxlan_of(7, &ethernet(&echo("198.51.100.1", "10.244.1.2"))),
+            ),
+            Drop(ClearText),
+            0,
+        ),
+        into(
+            "Geneve in the clear from a node to a pod",
+            overlay((1, 6081), geneve(0x0800, &echo("192.0.2.2", "10.244.1.2"))),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "VXLAN in the clear from the internet to an exempt pod",
+            overlay((1, 4789), vxlan(&ethernet(&echo("198.51.100.1", "10.244.1.7")))),
+            Pass(Plain),
+            0,
+        ),
+        into(
+            "VXLAN in the clear around others' traffic",
+            overlay((1, 4789), vxlan(&ethernet(&echo("172.16.0.1", "172.16.0.2")))),
+            Pass(Unprotected),
+            0,
+        ),
+        into(
+            "VXLAN with an own pod inside as the source",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.2", "10.244.1.3")))),
+            Drop(SpoofedSource),
+            1,
+        ),
+        into(
+            "VXLAN from an open port with a pod inside",
+            udp(
+                "203.0.113.2",
+                "203.0.113.1",
+                (53, 4789),
+                &vxlan(&ethernet(&echo("10.244.2.2", "10.244.1.2"))),
+            ),
+            Drop(ClearText),
+            2,
+        ),
+        // What the tunnel has decrypted.
+        decrypted(
+            "from a peer's pod",
+            echo("10.244.2.2", "10.244.1.2"),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted(
+            "from a peer's pod, IPv6",
+            echo("fd00:10:244:2::2", "fd00:10:244:1::2"),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted("from a peer", echo("203.0.113.2", "203.0.113.1"), Pass(Decrypted), 2),
+        decrypted(
+            "with an own pod's address",
+            echo("10.244.1.2", "10.244.1.3"),
+            Drop(SpoofedSource),
+            1,
+        ),
+        decrypted(
+            "with this node's protected address",
+            echo("203.0.113.1", "10.244.1.3"),
+            Drop(SpoofedSource),
+            1,
+        ),
+        decrypted(
+            "with this node's open address",
+            echo("192.0.2.1", "10.244.1.3"),
+            Drop(SpoofedSource),
+            1,
+        ),
+        decrypted(
+            "with an exempt own pod's address",
+            echo("10.244.1.7", "10.244.1.3"),
+            Drop(SpoofedSource),
+            1,
+        ),
+        decrypted(
+            "overlay from a peer's pod",
+            from_peer(vxlan(&ethernet(&peer_to()))),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted(
+            "overlay from a peer's pod, IPv6",
+            udp(
+                "2001:db8::2",
+                "2001:db8::1",
+                (1, 6081),
+                &geneve(0x86dd, &echo("fd00:10:244:2::2", "fd00:10:244:1::2")),
+            ),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted(
+            "overlay from the peer itself",
+            from_peer(vxlan(&ethernet(&echo("203.0.113.2", "10.244.1.2")))),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted(
+            "overlay with another node's pod inside",
+            from_peer(vxlan(&ethernet(&echo("10.244.3.2", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay with another node inside",
+            from_peer(vxlan(&ethernet(&echo("192.0.2.3", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay with an own pod inside as the source",
+            from_peer(vxlan(&ethernet(&echo("10.244.1.3", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay with an exempt own pod inside as the source",
+            from_peer(vxlan(&ethernet(&echo("10.244.1.7", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay from the internet",
+            from_peer(vxlan(&ethernet(&echo("198.51.100.1", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay of a foreign VNI from the internet",
+            from_peer(vxlan_of(7, &ethernet(&echo("198.51.100.1", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay of a foreign VNI with another node's pod inside",
+            from_peer(vxlan_of(7, &ethernet(&echo("10.244.3.2", "172.16.0.1")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "others' overlay",
+            from_peer(vxlan_of(7, &ethernet(&echo("172.16.0.1", "172.16.0.2")))),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted(
+            "our overlay around others' traffic",
+            from_peer(vxlan(&ethernet(&echo("172.16.0.1", "172.16.0.2")))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "overlay that a pod made",
+            udp("10.244.2.2", "10.244.1.2", (1, 4789), &vxlan(&ethernet(&peer_to()))),
+            Drop(SpoofedSource),
+            2,
+        ),
+        decrypted(
+            "ARP in our overlay",
+            from_peer(vxlan(&frame(0x0806, &[0; 28]))),
+            Drop(Malformed),
+            2,
+        ),
+        decrypted(
+            "ARP in others' overlay",
+            from_peer(vxlan_of(7, &frame(0x0806, &[0; 28]))),
+            Pass(Decrypted),
+            2,
+        ),
+        decrypted(
+            "overlay cut short",
+            from_peer(cut(vxlan(&ethernet(&peer_to())), 10)),
+            Drop(Malformed),
+            2,
+        ),
+        decrypted(
+            "overlay cut in its header",
+            from_peer(cut(vxlan(&[]), 1)),
+            Drop(Malformed),
+            2,
+        ),
+        decrypted(
+            "the first fragment of an overlay packet, too short for what is inside",
+            fragment(from_peer(vxlan(&[])), 0),
+            Drop(Malformed),
+            2,
+        ),
+        decrypted(
+            "a port hidden behind extension headers",
+            extensions(5, &vxlan_to_peer()),
+            Drop(SpoofedSource),
+            1,
+        ),
+        decrypted(
+            "a peer's port hidden behind extension headers",
+            swapped(extensions(5, &vxlan_to_peer())),
+            Drop(Malformed),
+            2,
+        ),
+        decrypted("a later fragment", fragment(peer_to(), 100), Pass(Decrypted), 2),
+        decrypted("IPv4 cut short, decrypted", cut(peer_to(), 9), Drop(Malformed), 0),
+        case("not IP, decrypted", Out, 0, frame(0x0806, &[0; 28]), Pass(NotIp), 0),
     ]
 }

@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use cases::{Case, DEVICE, Fate, LISTEN_PORT, MASK, PLAIN, TUNNEL, cases};
-use packet::{echo, ethernet, udp};
+use packet::{VNI, echo, ethernet, geneve_of, udp, vxlan_of};
 use proptest::prelude::*;
 use shroud_gate::{
     Action, Address, Direction, Entry, Family, LAYOUT_VERSION, Link, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF,
-    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, Packet, Reason, Settings, Verdict, egress, flag, ingress, pod_mark,
+    OPEN_PORTS, PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, Packet, Reason, Settings, Verdict, decrypted,
+    egress, flag, ingress, open_port, pod_mark,
 };
 
 #[test]
@@ -148,7 +149,7 @@ fn a_reason_survives_its_number() {
         assert_eq!(Reason::from_number(reason as u8), Some(reason));
     }
     assert_eq!(Reason::from_number(0), None);
-    assert_eq!(Reason::from_number(15), None);
+    assert_eq!(Reason::from_number(17), None);
 }
 
 #[test]
@@ -157,7 +158,7 @@ fn settings_and_entries_survive_their_bytes() {
     let entry = Entry {
         node: 0x0102_0304_0506_0708,
         path: PATH_FENCED,
-        flags: 31,
+        flags: 127,
         reserved: [0; 6],
     };
 
@@ -177,6 +178,7 @@ proptest! {
 
         egress(&packet, mark, &maps);
         ingress(&packet, &maps);
+        decrypted(&packet, &maps);
         pod_mark(&packet, mark, &maps);
     }
 
@@ -198,7 +200,7 @@ proptest! {
     /// The sentence that the project lives by.
     #[test]
     fn between_protected_addresses_nothing_passes_in_the_clear(
-        source in protected(), destination in protected(), ports: (u16, u16), mark: u32, protocol: u8,
+        source in protected_or_node(), destination in protected_or_node(), ports in ports(), mark: u32, protocol: u8,
     ) {
         let maps = Maps::new(MODE_ENFORCE);
         let bytes = match protocol {
@@ -208,8 +210,12 @@ proptest! {
 
         let verdict = egress(&parse(&ethernet(&bytes), &maps), mark, &maps);
 
+        let is_udp = protocol < 128 || protocol == 17;
         let exempt = mark & MASK == PLAIN && (source == EXEMPT || destination == EXEMPT);
-        prop_assert_eq!(verdict.action == Action::Pass, exempt, "{:?}", verdict);
+        let tunnel = mark & MASK == TUNNEL && is_udp && ports.0 == LISTEN_PORT && is_node(&destination);
+        let open = is_udp && (ports.0 == 53 || ports.1 == 53) && is_node(&source) && is_node(&destination);
+        // Only with UDP do the ports above stand in the packet.
+        prop_assert_eq!(verdict.action == Action::Pass, exempt || protocol < 128 && (tunnel || open), "{:?}", verdict);
     }
 
     #[test]
@@ -224,6 +230,125 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(4096) })]
+
+    /// Whatever carries it, protected traffic leaves in the tunnel to its owner, or not at all.
+    #[test]
+    fn an_overlay_packet_hides_nothing(carrier in carrier(), source in protected(), destination in protected(), mark: u32) {
+        let maps = Maps::new(MODE_ENFORCE);
+        let frame = carrier.around(&source, &destination);
+
+        let verdict = egress(&parse(&frame, &maps), mark, &maps);
+
+        let exempt = mark & MASK == PLAIN && (source == EXEMPT || destination == EXEMPT);
+        let owner = maps.owner(&destination);
+        match verdict.action {
+            Action::Pass => prop_assert!(exempt, "{verdict:?}"),
+            Action::Redirect(_) if exempt => prop_assert!(maps.owner(&carrier.destination) != 0, "{verdict:?}"),
+            Action::Redirect(_) => {
+                prop_assert_eq!((carrier.vni, maps.owner(&carrier.destination), verdict.node), (VNI, owner, owner));
+            }
+            Action::Drop => {}
+        }
+    }
+
+    /// Nobody in the underlay reaches a pod of this node by an overlay packet of his own, nor speaks for one of the mesh.
+    #[test]
+    fn no_overlay_packet_comes_in_that_did_not_come_out_of_the_tunnel(
+        carrier in carrier(), source in anyone(), destination in anyone(),
+    ) {
+        let maps = Maps::new(MODE_ENFORCE);
+
+        let verdict = ingress(&parse(&carrier.around(&source, &destination), &maps), &maps);
+
+        let is_ours = maps.is_protected(&source) || (destination.starts_with("10.244.1.") && maps.owner(&destination) == 1);
+        let exempt = source == EXEMPT || destination == EXEMPT;
+        if is_ours && !exempt {
+            prop_assert_eq!(verdict.action, Action::Drop, "{:?}", verdict);
+        }
+    }
+
+    /// Out of the tunnel a node speaks for its own pods only.
+    #[test]
+    fn no_node_speaks_for_another(carrier in carrier(), source in anyone(), destination in anyone()) {
+        let maps = Maps::new(MODE_ENFORCE);
+
+        let verdict = decrypted(&parse(&carrier.around(&source, &destination), &maps), &maps);
+
+        let owner = maps.owner(&carrier.source);
+        let concerns_us = carrier.vni == VNI || maps.is_protected(&source) || maps.is_protected(&destination);
+        let is_right = is_node(&carrier.source) && maps.owner(&source) == owner;
+        prop_assert_eq!(verdict.action == Action::Pass, owner != 1 && (is_right || !concerns_us), "{:?}", verdict);
+    }
+}
+
+/// The outside of an overlay packet.
+#[derive(Debug)]
+struct Carrier {
+    source: String,
+    destination: String,
+    source_port: u16,
+    vni: u32,
+    is_geneve: bool,
+}
+
+impl Carrier {
+    fn around(&self, source: &str, destination: &str) -> Vec<u8> {
+        let inner = ethernet(&echo(source, destination));
+        let (port, payload) = if self.is_geneve {
+            (6081, geneve_of(self.vni, 0x6558, &inner))
+        } else {
+            (4789, vxlan_of(self.vni, &inner))
+        };
+        ethernet(&udp(
+            &self.source,
+            &self.destination,
+            (self.source_port, port),
+            &payload,
+        ))
+    }
+}
+
+fn carrier() -> impl Strategy<Value = Carrier> {
+    // Number 4 is a node of nobody's.
+    let node =
+        || (prop_oneof![Just("192.0.2"), Just("203.0.113")], 1u8..5).prop_map(|(net, last)| format!("{net}.{last}"));
+    let vni = prop_oneof![Just(VNI), 0u32..1 << 24];
+    (node(), node(), ports(), vni, any::<bool>()).prop_map(|(source, destination, ports, vni, is_geneve)| Carrier {
+        source,
+        destination,
+        source_port: ports.0,
+        vni,
+        is_geneve,
+    })
+}
+
+fn anyone() -> impl Strategy<Value = String> {
+    prop_oneof![
+        protected(),
+        node(),
+        (0u8..4).prop_map(|last| format!("198.51.100.{last}"))
+    ]
+}
+
+fn protected_or_node() -> impl Strategy<Value = String> {
+    prop_oneof![protected(), (1u8..4).prop_map(|last| format!("203.0.113.{last}"))]
+}
+
+fn node() -> impl Strategy<Value = String> {
+    (prop_oneof![Just("192.0.2"), Just("203.0.113")], 1u8..4).prop_map(|(net, last)| format!("{net}.{last}"))
+}
+
+fn ports() -> impl Strategy<Value = (u16, u16)> {
+    let port = || prop_oneof![Just(53), Just(6443), Just(LISTEN_PORT), 1..=4788_u16, 8473..=u16::MAX];
+    (port(), port())
+}
+
+fn is_node(address: &str) -> bool {
+    !address.starts_with("10.") && !address.ends_with(".4") && !address.starts_with("198.")
+}
+
 const EXEMPT: &str = "10.244.1.7";
 
 fn protected() -> impl Strategy<Value = String> {
@@ -235,6 +360,7 @@ fn decide(case: &Case, maps: &Maps) -> Verdict {
     match case.direction {
         Direction::Egress => egress(&packet, case.mark, maps),
         Direction::Ingress => ingress(&packet, maps),
+        Direction::Decrypted => decrypted(&packet, maps),
     }
 }
 
@@ -250,7 +376,7 @@ struct Maps {
 impl Maps {
     fn new(mode: u32) -> Self {
         let port = |port: u16| port.to_be_bytes();
-        let settings = Settings {
+        let mut settings = Settings {
             version: LAYOUT_VERSION,
             mode,
             encryption_device: DEVICE,
@@ -258,11 +384,14 @@ impl Maps {
             tunnel_mask: MASK,
             plain_mark: PLAIN,
             plain_mask: MASK,
+            overlay: VNI,
+            open_ports: [0; OPEN_PORTS],
             listen_port: port(LISTEN_PORT),
             reserved: [0; 2],
             vxlan_ports: [port(4789), port(8472), [0; 2], [0; 2]],
             geneve_ports: [port(6081), [0; 2], [0; 2], [0; 2]],
         };
+        settings.open_ports[..2].copy_from_slice(&[open_port(6, port(6443)), open_port(17, port(53))]);
         let entries = [
             ("10.244.0.0", 16, 0, 0, flag::PROTECTED),
             ("fd00:10:244::", 48, 0, 0, flag::PROTECTED),
@@ -273,6 +402,16 @@ impl Maps {
             ("10.244.3.0", 24, 3, PATH_FENCED, flag::PROTECTED),
             ("fd00:10:244:3::", 64, 3, PATH_FENCED, flag::PROTECTED),
             (EXEMPT, 32, 1, PATH_LOCAL, flag::PROTECTED | flag::EXEMPT),
+            ("192.0.2.1", 32, 1, PATH_LOCAL, flag::NODE),
+            ("192.0.2.2", 32, 2, PATH_NONE, flag::NODE),
+            ("192.0.2.3", 32, 3, PATH_NONE, flag::NODE),
+            ("2001:db8::1", 128, 1, PATH_LOCAL, flag::NODE),
+            ("2001:db8::2", 128, 2, PATH_NONE, flag::NODE),
+            ("203.0.113.1", 32, 1, PATH_LOCAL, flag::NODE | flag::PROTECTED),
+            ("203.0.113.2", 32, 2, PATH_ENCRYPTED, flag::NODE | flag::PROTECTED),
+            ("203.0.113.3", 32, 3, PATH_FENCED, flag::NODE | flag::PROTECTED),
+            ("2001:db8:1::1", 128, 1, PATH_LOCAL, flag::NODE | flag::PROTECTED),
+            ("2001:db8:1::2", 128, 2, PATH_ENCRYPTED, flag::NODE | flag::PROTECTED),
         ];
         let entries = entries
             .map(|(address, length, node, path, flags)| {
@@ -288,6 +427,23 @@ impl Maps {
             })
             .into();
         Self { settings, entries }
+    }
+}
+
+impl Maps {
+    fn find(&self, address: &str) -> Entry {
+        let Ok(IpAddr::V4(address)) = address.parse() else {
+            panic!("{address} is not IPv4")
+        };
+        self.entry(&Address::v4(address.octets()))
+    }
+
+    fn owner(&self, address: &str) -> u64 {
+        self.find(address).node
+    }
+
+    fn is_protected(&self, address: &str) -> bool {
+        self.find(address).is_protected()
     }
 }
 

@@ -2,6 +2,9 @@
 
 use std::net::IpAddr;
 
+/// The VNI of our overlay in every case; each of its bytes is another.
+pub(crate) const VNI: u32 = 0x01_0203;
+
 /// An IP packet with this protocol and payload; addresses as text decide the family.
 pub(crate) fn ip(source: &str, destination: &str, protocol: u8, payload: &[u8]) -> Vec<u8> {
     let length = payload.len() as u16;
@@ -73,18 +76,35 @@ pub(crate) fn vlan(ethertype: u16, frame: &[u8]) -> Vec<u8> {
     tagged
 }
 
-/// A VXLAN header around a frame.
+/// An ICMPv6 message of this type, such as neighbour discovery's.
+pub(crate) fn icmpv6(source: &str, destination: &str, kind: u8) -> Vec<u8> {
+    ip(source, destination, 58, &[&[kind][..], &[0; 23]].concat())
+}
+
+/// A VXLAN header, of our overlay, around a frame.
 pub(crate) fn vxlan(frame: &[u8]) -> Vec<u8> {
-    let mut payload = vec![8, 0, 0, 0, 0, 0, 42, 0];
+    vxlan_of(VNI, frame)
+}
+
+/// A VXLAN header around a frame.
+pub(crate) fn vxlan_of(vni: u32, frame: &[u8]) -> Vec<u8> {
+    let mut payload = vec![8, 0, 0, 0];
+    payload.extend((vni << 8).to_be_bytes());
     payload.extend(frame);
     payload
 }
 
-/// A Geneve header with eight bytes of options around whatever has this type.
+/// A Geneve header, of our overlay, with eight bytes of options around whatever has this type.
 pub(crate) fn geneve(protocol: u16, inner: &[u8]) -> Vec<u8> {
+    geneve_of(VNI, protocol, inner)
+}
+
+/// A Geneve header with eight bytes of options around whatever has this type.
+pub(crate) fn geneve_of(vni: u32, protocol: u16, inner: &[u8]) -> Vec<u8> {
     let mut payload = vec![2, 0];
     payload.extend(protocol.to_be_bytes());
-    payload.extend([0, 0, 42, 0, 1, 2, 3, 1, 9, 9, 9, 9]);
+    payload.extend((vni << 8).to_be_bytes());
+    payload.extend([1, 2, 3, 1, 9, 9, 9, 9]);
     payload.extend(inner);
     payload
 }

@@ -37,7 +37,7 @@ pub enum Error {
     },
     /// Somebody else's route is where ours should go.
     #[error(
-        "add route {route}: there is {by} already, which is not ours; remove that route (or what makes it), or take its range out of the pod ranges"
+        "add route {route}: there is {by} already, which is not ours; remove that route (or what makes it); a range of pods can also be taken out of the pod ranges"
     )]
     Occupied {
         /// The route we wanted.

@@ -9,8 +9,12 @@
     reason = "tests look at the kernel through iproute2 on purpose"
 )]
 
+#[path = "kernel/encapsulation.rs"]
+mod encapsulation;
 #[path = "kernel/netns.rs"]
 mod netns;
+#[path = "kernel/tables.rs"]
+mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
@@ -21,8 +25,7 @@ use std::time::{Duration, Instant};
 use netns::Netns;
 use shroud_model::{Family, Mtu, Prefix};
 use shroud_routing::{
-    Address, Change, Desired, Encapsulation, Error, HopKind, Kernel, Link, Monitor, Route, Scope, Sysctl, Table, Wake,
-    diff,
+    Address, Change, Desired, Error, HopKind, Kernel, Link, Monitor, Route, Scope, Sysctl, Table, Wake, diff,
 };
 
 fn prefix(text: &str) -> Prefix {
@@ -380,9 +383,9 @@ fn a_foreign_route_in_the_way_is_named_and_not_overwritten() {
         texts,
         [
             "add route 10.244.2.0/24 via 172.18.0.2 dev eth0 src 10.244.1.0 mtu 1440: there is 10.244.2.0/24 via 172.18.0.7 dev eth0 \
-             proto static already, which is not ours; remove that route (or what makes it), or take its range out of the pod ranges",
+             proto static already, which is not ours; remove that route (or what makes it); a range of pods can also be taken out of the pod ranges",
             "add route fd00:10:244:2::/64 via fd18::2 dev eth0 src fd00:10:244:1:: mtu 1420: there is fd00:10:244:2::/64 via fd18::7 dev eth0 \
-             proto bird already, which is not ours; remove that route (or what makes it), or take its range out of the pod ranges",
+             proto bird already, which is not ours; remove that route (or what makes it); a range of pods can also be taken out of the pod ranges",
         ]
     );
     assert_eq!(netns.routes("proto static"), ["10.244.2.0/24 via 172.18.0.7 dev eth0"]);
@@ -897,82 +900,4 @@ fn wait(what: &str, mut so: impl FnMut() -> bool) {
         assert!(began.elapsed() < Duration::from_secs(5), "{what}");
         std::thread::yield_now();
     }
-}
-
-/// Routes into an overlay device in external mode, one for each pair of inner and outer family, and how `ip route` shows them.
-const ENCAPSULATED: [(&str, &str, &str, &str, &str); 4] = [
-    (
-        "10.244.2.0/24",
-        "10.244.2.0",
-        "172.18.0.1",
-        "172.18.0.2",
-        "10.244.2.0/24 encap ip id 83 src 172.18.0.1 dst 172.18.0.2 ttl 64 tos 0 csum \
-         via 10.244.2.0 dev vxlan0 src 10.244.1.0 onlink mtu 1390",
-    ),
-    (
-        "10.244.3.0/24",
-        "10.244.3.0",
-        "fd18::1",
-        "fd18::3",
-        "10.244.3.0/24 encap ip6 id 83 src fd18::1 dst fd18::3 hoplimit 64 tc 0 csum \
-         via 10.244.3.0 dev vxlan0 src 10.244.1.0 onlink mtu 1390",
-    ),
-    (
-        "fd00:10:244:2::/64",
-        "fd00:10:244:2::",
-        "172.18.0.1",
-        "172.18.0.2",
-        "fd00:10:244:2::/64 encap ip id 83 src 172.18.0.1 dst 172.18.0.2 ttl 64 tos 0 csum \
-         via fd00:10:244:2:: dev vxlan0 src fd00:10:244:1:: metric 1024 onlink mtu 1390",
-    ),
-    (
-        "fd00:10:244:3::/64",
-        "fd00:10:244:3::",
-        "fd18::1",
-        "fd18::3",
-        "fd00:10:244:3::/64 encap ip6 id 83 src fd18::1 dst fd18::3 hoplimit 64 tc 0 csum \
-         via fd00:10:244:3:: dev vxlan0 src fd00:10:244:1:: metric 1024 onlink mtu 1390",
-    ),
-];
-
-/// [`node`] with [`ENCAPSULATED`] in the place of its routes.
-fn overlaid() -> Desired {
-    let encapsulated = ENCAPSULATED.map(|(destination, via, outer_source, outer_destination, _)| {
-        let own = if via.contains(':') {
-            "fd00:10:244:1::"
-        } else {
-            "10.244.1.0"
-        };
-        Route {
-            device: "vxlan0".to_owned(),
-            onlink: true,
-            encapsulation: Some(Encapsulation {
-                id: 83,
-                source: ip(outer_source),
-                destination: ip(outer_destination),
-            }),
-            ..route(destination, via, own, 1390)
-        }
-    });
-    Desired {
-        routes: BTreeSet::from(encapsulated),
-        ..node()
-    }
-}
-
-#[test]
-fn routes_into_an_overlay_device_name_the_outer_header() {
-    let netns = Netns::enter();
-    netns.ip("link add vxlan0 type vxlan external dstport 4789");
-    netns.ip("link set vxlan0 up");
-    let mut kernel = Kernel::open().unwrap();
-
-    let changes = converge(&mut kernel, &overlaid());
-
-    assert_eq!(
-        changes[7],
-        "route 10.244.2.0/24 encap ip id 83 src 172.18.0.1 dst 172.18.0.2 ttl 64 csum via 10.244.2.0 dev vxlan0 src 10.244.1.0 \
-         onlink mtu 1390: added"
-    );
-    assert_eq!(netns.routes("proto 83"), ENCAPSULATED.map(|(.., shown)| shown));
 }

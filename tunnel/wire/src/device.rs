@@ -215,6 +215,9 @@ impl Device {
             }
             Received::Handled => {}
             Received::UnknownSession if is_data => self.revive(from, now, out),
+            // boringtun counts 37 leap seconds, the kernel 10: a node that changes from this program to the kernel's WireGuard would not
+            // be heard for 27 s. It takes our initiation, though.
+            Received::Stale => self.revive(from, now, out),
             // A late answer to a handshake that has been begun again.
             Received::UnknownSession => {}
             Received::Refused(error) => tracing::trace!(peer = %peer.public_key, ?error, "refused"),
@@ -314,7 +317,7 @@ impl Device {
         }
     }
 
-    /// A packet of a session we do not know came from a peer's endpoint: the peer, or we, have restarted.
+    /// A packet of a session we do not know, or a late initiation, came from a peer's endpoint: the peer, or we, have restarted.
     fn revive(&mut self, from: &Endpoint, now: Now, out: &mut impl Outbound) {
         if let Some(&id) = self.by_endpoint.get(&from.remote)
             && let Some(peer) = slot(&mut self.peers, id)

@@ -91,6 +91,8 @@ pub(crate) enum Received<'a> {
     Handled,
     /// A packet of a session we do not have: one of us has restarted.
     UnknownSession,
+    /// The peer's own handshake initiation, but not younger than one we have taken: a replay, or the peer's clock went back.
+    Stale,
     /// Forged, replayed or broken.
     Refused(WireGuardError),
 }
@@ -177,7 +179,7 @@ impl Peer {
         }
     }
 
-    /// Begins a handshake because the peer uses a session that we do not have; seldom, since anybody can write such a packet.
+    /// Begins a handshake because the peer cannot, or uses a session that we do not have; seldom, since anybody can send such a packet.
     pub(crate) fn revive(&mut self, scratch: &mut [u8], now: Now, out: &mut impl Outbound) {
         if self
             .last_revival
@@ -233,6 +235,7 @@ impl Peer {
             TunnResult::Err(WireGuardError::NoCurrentSession | WireGuardError::WrongIndex) => {
                 return Received::UnknownSession;
             }
+            TunnResult::Err(WireGuardError::WrongTai64nTimestamp) => return Received::Stale,
             TunnResult::Err(error) => return Received::Refused(error),
         };
         if confirms {

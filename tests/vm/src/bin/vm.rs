@@ -34,6 +34,9 @@ struct Options {
     /// Only tests whose name contains this.
     #[arg(long)]
     test: Option<String>,
+    /// How often each suite runs, to find what fails now and then.
+    #[arg(long, default_value_t = 1)]
+    repeat: usize,
     /// Runs this command line in the guest, and no suite.
     #[arg(long)]
     command: Option<String>,
@@ -63,10 +66,13 @@ fn main() -> Result<ExitCode> {
         }
     }
     if let Some(test) = &options.test {
-        programs
-            .iter_mut()
-            .for_each(|program| program.arguments.push(test.clone()));
+        for program in &mut programs {
+            // The harness runs what matches any of its filters; a suite's own ones would add to this.
+            program.arguments.retain(|argument| argument.starts_with("--"));
+            program.arguments.push(test.clone());
+        }
     }
+    let programs = vec![programs; options.repeat].concat();
 
     let logs = workspace().join("target/vm");
     fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;

@@ -347,6 +347,31 @@ fn a_replayed_initiation_is_not_answered_and_moves_no_endpoint() {
 }
 
 #[test]
+fn a_peer_whose_clock_went_back_is_greeted_once_in_five_seconds() {
+    let (mut one, mut two) = (Host::new(1), Host::new(2));
+    one.know(2, &format!("endpoint={}", address(2)));
+    two.know(1, "");
+    one.say_to(2, 100);
+    let late = one.last_sent();
+    let mut restarted = Host::new(1);
+    restarted.know(2, &format!("endpoint={}", address(2)));
+    restarted.say_to(2, 100);
+    settle(&mut [&mut restarted, &mut two]);
+
+    two.hear(&late, 9);
+    assert_eq!(two.sent(), [], "it does not come from the peer's endpoint");
+
+    two.hear(&late, 1);
+    let greeting = two.last_sent();
+    assert_eq!(two.sent(), [1], "our own initiation");
+    two.hear_after(Duration::from_secs(4), &late, 1);
+    assert_eq!(two.sent(), [], "too soon");
+
+    one.hear(&greeting, 2);
+    assert_eq!(one.sent(), [1, 2], "its own first one, and the answer to ours");
+}
+
+#[test]
 fn a_stranger_is_not_answered() {
     let (mut one, mut two) = (Host::new(1), Host::new(2));
     one.know(2, &format!("endpoint={}", address(2)));

@@ -195,6 +195,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
                 .map(|conflict| Check::OverlayConflict.says(conflict.to_string())),
         );
     }
+    problems.extend(taken_over(config, &peers));
     // What overlays and encrypted nodes send through the tunnel has node addresses outside.
     let nodes_in_the_tunnel = !kinds.is_empty() || config.encrypt.nodes;
     let allowed_ips = |name: &NodeName, planned: &PlannedPeer| {
@@ -224,21 +225,11 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
                 .map(|(name, peer)| (peer.public_key, tunnel_peer(peer, allowed_ips(name, peer), config)))
                 .collect(),
         },
-        routing: routing(
-            config,
-            snapshot,
-            &peers,
-            &addresses,
-            hops,
-            &uplinks,
-            &kinds,
-            smallest_tunnel,
-            &mut problems,
-        ),
+        routing: routing(view, &peers, &addresses, &uplinks, &overlay, smallest_tunnel),
         gate: shroud_ebpf::Desired {
             uplinks,
             pod_devices: pod_devices.clone(),
-            encryption: Some(device.clone()),
+            encryption: encryption_device.map(|_| device.clone()),
             table: gate_table(config, snapshot, &addresses, &kinds, *encryption_device),
         },
         overlay,
@@ -250,23 +241,22 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
     }
 }
 
-/// Addresses of our device, the routes, and the kernel settings they need.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one place puts together what all others found out"
-)]
+/// Addresses of our devices, the routes, and the kernel settings they need.
 fn routing(
-    config: &Config,
-    snapshot: &Snapshot,
+    view: &View<'_>,
     peers: &BTreeMap<NodeName, PlannedPeer>,
     addresses: &BTreeSet<IpAddr>,
-    hops: &BTreeMap<IpAddr, Hop>,
     uplinks: &BTreeSet<String>,
-    kinds: &BTreeSet<OverlayKind>,
+    overlay: &shroud_overlay::Desired,
     smallest_tunnel: Mtu,
-    problems: &mut Vec<Problem>,
 ) -> shroud_routing::Desired {
-    let device = &config.encryption.device;
+    let View {
+        config,
+        snapshot,
+        surroundings,
+        ..
+    } = *view;
+    let hops = &surroundings.hops;
     let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
     for (name, planned) in peers {
         let peer = &snapshot.peers[name];
@@ -277,35 +267,52 @@ fn routing(
         routes.extend(to_node);
         rules.extend(by);
     }
-    for prefix in &config.pod_prefixes {
-        if routes.iter().any(|route| route.destination.overlaps(*prefix)) {
-            problems.push(Check::PrefixOverlaps.says(format!("a peer's pod prefix overlaps this node's own {prefix}")));
+    let mesh = mesh_addresses(config);
+    let encryption = Link {
+        mtu: peers
+            .values()
+            .map(|peer| peer.tunnel_mtu)
+            .max()
+            .unwrap_or(smallest_tunnel),
+        addresses: mesh.values().copied().collect(),
+    };
+    let mut links = BTreeMap::from([(config.encryption.device.clone(), encryption)]);
+    for (name, device) in &overlay.devices {
+        if surroundings.overlay_devices.contains(name) {
+            // On a device without any IPv4 address even the loose reverse-path check drops all that does not answer on that very device
+            // (`__fib_validate_source`), as during a change of mode, or from an address of a node.
+            let link = Link {
+                mtu: device.mtu,
+                addresses: mesh.get(&Family::V4).copied().into_iter().collect(),
+            };
+            links.insert(name.clone(), link);
         }
     }
     // Return routes point at the uplink, so a strict reverse-path check would drop every decrypted packet; and during a change of mode a
     // peer answers by another way than it is asked. The kernel uses the larger of the device's value and `all`, so only 2 (loose) says
     // the same thing on every system.
-    let overlay_devices = kinds.iter().flat_map(|kind| overlay::devices(*kind, addresses));
-    let loose = overlay_devices.map(|(device, _)| device).chain([device.as_str()]);
-    let mut sysctls: BTreeMap<Sysctl, String> = loose
-        .map(|device| (Sysctl::RpFilter(device.to_owned()), "2".to_owned()))
+    let mut sysctls: BTreeMap<Sysctl, String> = links
+        .keys()
+        .map(|device| (Sysctl::RpFilter(device.clone()), "2".to_owned()))
         .collect();
     sysctls.extend([Family::V4, Family::V6].map(|family| (Sysctl::Forwarding(family), "1".to_owned())));
-    let mtu = peers
-        .values()
-        .map(|peer| peer.tunnel_mtu)
-        .max()
-        .unwrap_or(smallest_tunnel);
-    let link = Link {
-        mtu,
-        addresses: mesh_addresses(config).into_values().collect(),
-    };
     shroud_routing::Desired {
-        links: BTreeMap::from([(device.clone(), link)]),
+        links,
         routes,
         rules,
         sysctls,
     }
+}
+
+/// This node's own pod prefixes that a peer claims a part of.
+fn taken_over(config: &Config, peers: &BTreeMap<NodeName, PlannedPeer>) -> Vec<Problem> {
+    let is_taken = |own: &&Prefix| {
+        let mut others = peers.values().flat_map(|peer| &peer.pod_prefixes);
+        others.any(|prefix| prefix.overlaps(**own))
+    };
+    let overlaps =
+        |own: &Prefix| Check::PrefixOverlaps.says(format!("a peer's pod prefix overlaps this node's own {own}"));
+    config.pod_prefixes.iter().filter(is_taken).map(overlaps).collect()
 }
 
 fn surrounding_problems(

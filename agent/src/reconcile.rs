@@ -282,9 +282,10 @@ impl Reconciler {
         }
         let surroundings = self.look(snapshot)?;
         let plan = self.plan(snapshot, &surroundings);
+        // The gate first: nothing that a new device decrypts goes on unseen.
+        self.ensure_gate(&plan.gate, report);
         self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         self.ensure_routing(&plan.routing, report);
-        self.ensure_gate(&plan.gate, report);
         self.ensure_overlay(&plan.overlay, &|_| true, report);
         Ok((plan, surroundings))
     }

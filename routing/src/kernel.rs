@@ -40,7 +40,7 @@ const OUR_TABLES: [(Family, Table); 4] = [
     (Family::V6, Table::Node),
 ];
 
-const OURS: &str = "a tun or wireguard device";
+const OURS: &str = "a tun, wireguard, vxlan or geneve device";
 
 /// What a removal removed, and what it could not.
 #[derive(Debug, Default)]
@@ -184,7 +184,7 @@ impl Kernel {
             return Ok(false);
         };
         let kind = kind(&link);
-        if !device.starts_with("shroud") || !is_ours(kind.as_deref()) {
+        if !device.starts_with("shroud") || !can_encrypt(kind.as_deref()) {
             return Err(Error::NotOurs {
                 operation,
                 device: device.to_owned(),
@@ -704,7 +704,13 @@ fn not_ours(operation: String, device: &str, kind: Option<String>) -> Error {
     }
 }
 
+/// Whether it can be a device of ours that wants to be set up.
 fn is_ours(kind: Option<&str>) -> bool {
+    can_encrypt(kind) || matches!(kind, Some("vxlan" | "geneve"))
+}
+
+/// Whether it can be an encryption device.
+fn can_encrypt(kind: Option<&str>) -> bool {
     matches!(kind, Some("tun" | "wireguard"))
 }
 

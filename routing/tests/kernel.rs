@@ -617,7 +617,7 @@ fn a_device_that_is_not_ours_is_never_set_up() {
 
     assert_eq!(
         error.to_string(),
-        "read device eth0: device eth0 is veth, not one of ours (a tun or wireguard device); nothing was changed, name another device"
+        "read device eth0: device eth0 is veth, not one of ours (a tun, wireguard, vxlan or geneve device); nothing was changed, name another device"
     );
     assert!(matches!(other, Error::NotOurs { .. }), "{other}");
     assert_eq!(netns.ip("addr show dev eth0"), before);

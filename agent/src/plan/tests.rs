@@ -243,6 +243,7 @@ fn vxlan_wraps_what_goes_to_a_peer_that_receives_it() {
     );
     assert!(plan.overlay.devices["shroud.vxlan6"].vteps.is_empty());
     assert_eq!(plan.routing.links["shroud0"].mtu.bytes(), 1440);
+    assert_eq!(plan.routing.links["shroud.vxlan"].addresses, [ip("10.244.1.0")].into());
     assert_eq!(
         plan.tunnel.peers[&key(2)].allowed_ips,
         prefixes(&["10.244.2.0/24", "172.18.0.2/32", "fd00:10:244:2::/64", "fd18::2/128"])

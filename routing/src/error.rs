@@ -13,6 +13,9 @@ pub enum Error {
         "open a route netlink socket: {0}; the process needs an address family AF_NETLINK (seccomp, RestrictAddressFamilies)"
     )]
     Open(#[source] io::Error),
+    /// No sockets, or no thread, to ask peers how large a packet gets to them.
+    #[error("start to probe paths: {0}; the process needs CAP_NET_RAW in the network namespace's user namespace")]
+    Probe(#[source] io::Error),
     /// The kernel refused a request.
     #[error("{operation}: {source}{}", hint(source))]
     Request {
@@ -122,6 +125,7 @@ impl Error {
         match self {
             Self::Request { source, .. } => source.raw_os_error(),
             Self::Open(_)
+            | Self::Probe(_)
             | Self::Closed { .. }
             | Self::Restless { .. }
             | Self::Occupied { .. }

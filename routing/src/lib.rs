@@ -6,7 +6,7 @@
 //! ```text
 //! Desired ──┐
 //!           ├─> diff() ─> [Change] ─> Kernel::apply()      Kernel::facts(), lookup(): questions, no effect
-//! Kernel::observe() ─> Observed                            Monitor: "look again"
+//! Kernel::observe() ─> Observed                            Monitor: "look again"      path_mtu::Prober: how large a packet gets there
 //! ```
 
 mod change;
@@ -16,6 +16,7 @@ mod facts;
 mod kernel;
 mod monitor;
 mod observed;
+pub mod path_mtu;
 mod sysctl;
 
 pub use change::{Change, diff};

@@ -13,6 +13,8 @@
 mod encapsulation;
 #[path = "kernel/netns.rs"]
 mod netns;
+#[path = "kernel/path_mtu.rs"]
+mod path_mtu;
 #[path = "kernel/tables.rs"]
 mod tables;
 

@@ -23,7 +23,11 @@ impl Connection {
     pub(super) fn open() -> Result<Self, Error> {
         let runtime = Builder::new_current_thread().enable_io().build().map_err(Error::Open)?;
         let guard = runtime.enter();
-        let (connection, handle, _) = rtnetlink::new_connection_with_strict_check().map_err(Error::Open)?;
+        let (mut connection, handle, _) = rtnetlink::new_connection_with_strict_check().map_err(Error::Open)?;
+        // Otherwise netlink-proto keeps them to itself, and the end of a request looks like the end of the connection
+        // (`Connection::forward_responses`).
+        connection.set_forward_ack(true);
+        connection.set_forward_done(true);
         // It lives as long as the runtime, and moves only while `block_on` runs.
         drop(runtime.spawn(connection));
         drop(guard);
@@ -78,30 +82,37 @@ impl Connection {
             let mut stream = handle.request(message).map_err(|_| closed())?;
             let mut answers = Vec::new();
             let mut listing = Listing::Whole;
-            // A connection that ended ends the stream, and so do an acknowledgement and a "done", which the crate keeps to itself.
-            let mut ended = true;
+            // An acknowledgement or a "done" is the last word, or the answer itself where neither was asked for. Without it the connection
+            // ended: what we asked for may have happened or not, and a listing lacks its rest.
+            let acknowledged = flags & (NLM_F_ACK | NLM_F_DUMP) != 0;
+            let mut complete = false;
             while let Some(message) = stream.next().await {
-                ended = false;
                 if message.header.flags & NLM_F_DUMP_INTR != 0 {
                     listing = Listing::Interrupted;
                 }
                 match message.payload {
-                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    NetlinkPayload::InnerMessage(answer) => {
+                        answers.push(answer);
+                        complete |= !acknowledged;
+                    }
                     NetlinkPayload::Error(error) if error.code.is_some() => {
                         return Err(Error::request(operation, error.to_io()));
                     }
-                    NetlinkPayload::Overrun(_) => listing = Listing::Interrupted,
                     NetlinkPayload::Done(done) if done.code != 0 => {
                         return Err(Error::request(operation, io::Error::from_raw_os_error(done.code.abs())));
                     }
+                    NetlinkPayload::Overrun(_) => {
+                        listing = Listing::Interrupted;
+                        complete = true;
+                    }
+                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
                     _ => {}
                 }
             }
-            let acknowledged = flags & (NLM_F_ACK | NLM_F_DUMP) != 0;
-            if ended && !acknowledged {
-                Err(closed())
-            } else {
+            if complete {
                 Ok((answers, listing))
+            } else {
+                Err(closed())
             }
         })
     }
@@ -111,4 +122,45 @@ impl Connection {
 enum Listing {
     Whole,
     Interrupted,
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::link::LinkMessage;
+
+    use super::*;
+
+    #[test]
+    fn a_connection_that_ends_in_the_middle_of_a_request_is_an_error_whatever_was_asked() {
+        let request = || RouteNetlinkMessage::GetLink(LinkMessage::default());
+
+        let changed = ending().change("change", request(), 0);
+        let asked = ending().ask("ask", request());
+        let listed = ending().list("list", &request());
+
+        for error in [changed.err(), asked.err(), listed.err()] {
+            assert!(matches!(error, Some(Error::Closed { .. })), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_lives_lists_the_loopback_device() {
+        let mut connection = Connection::open().unwrap();
+
+        let links = connection.list("list", &RouteNetlinkMessage::GetLink(LinkMessage::default()));
+
+        assert!(!links.unwrap().is_empty());
+    }
+
+    /// A connection that takes one request and then ends.
+    fn ending() -> Connection {
+        let connection = Connection::open().unwrap();
+        let (driver, handle, _) = {
+            let _guard = connection.runtime.enter();
+            rtnetlink::new_connection_with_strict_check().unwrap()
+        };
+        // `block_on` looks after the request first, and after this when the request waits.
+        drop(connection.runtime.spawn(async move { drop(driver) }));
+        Connection { handle, ..connection }
+    }
 }

@@ -112,6 +112,8 @@ fn the_node_table_and_its_rules_are_repaired() {
             "rule add prio 83 from 10.0.0.0/8 not fwmark 0x10/0x30 lookup 83 proto 83",
             ": removed",
         ),
+        // Listed before ours.
+        ("rule add prio 70 not fwmark 0x10/0x30 lookup 83 proto 83", ": removed"),
         ("-6 rule add prio 70 blackhole to fd00::/8 proto 83", ": removed"),
         (
             "rule add prio 83 not fwmark 0x10/0x30 lookup main suppress_prefixlength 0 proto 83",

@@ -18,6 +18,7 @@ mod command_line;
 mod explain;
 mod faults;
 mod gate;
+mod hard_failures;
 mod mesh;
 mod nodes;
 mod overlay;

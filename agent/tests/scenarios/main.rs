@@ -14,6 +14,7 @@
 )]
 
 mod backend;
+mod cni;
 mod command_line;
 mod explain;
 mod faults;

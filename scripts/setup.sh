@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh build     compile Shroud (pinned stable Rust, a C compiler)
 #   scripts/setup.sh demo      the above, and what `make demo` looks through (iproute2, wireguard-tools)
-#   scripts/setup.sh test      the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, bpftool, cargo-deny)
+#   scripts/setup.sh test      the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, cargo-deny)
 #   scripts/setup.sh vm        the above, and an emulator with small tools for its guests (qemu, busybox)
 #   scripts/setup.sh ebpf      what rebuilds the gate's BPF object (pinned nightly Rust, LLVM, bpf-linker)
 set -euo pipefail
@@ -69,7 +69,7 @@ demo() {
 
 tests() {
     demo
-    apt_install bpftool iputils-ping nftables procps tcpdump wireguard-go
+    apt_install bpftool containernetworking-plugins iputils-ping nftables procps tcpdump wireguard-go
     cargo_tool boringtun-cli 0.7.1
     cargo_tool cargo-deny 0.20.2
 }

@@ -7,6 +7,8 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cni;
+
 /// Declares the checks once, each with its id.
 macro_rules! checks {
     ($($(#[doc = $says:literal])+ $name:ident = $id:literal,)+) => {
@@ -102,6 +104,12 @@ checks! {
     RouteForeign = "route-foreign",
     /// Addresses, routes or kernel settings could not be read or changed.
     RoutingFailed = "routing-failed",
+    /// The folder for the CNI configuration does not exist.
+    CniFolderMissing = "cni-folder-missing",
+    /// Another network has the CNI configuration's file name.
+    CniFileForeign = "cni-file-foreign",
+    /// The CNI configuration could not be written.
+    CniFailed = "cni-failed",
     /// This machine's network could not be looked at.
     LookFailed = "look-failed",
 }
@@ -153,6 +161,7 @@ pub(crate) enum Driver {
     Tunnel,
     Overlay,
     Routing,
+    Cni,
 }
 
 impl Driver {
@@ -164,6 +173,7 @@ impl Driver {
             Self::Tunnel => "tunnel",
             Self::Overlay => "overlay",
             Self::Routing => "routing",
+            Self::Cni => "cni",
         }
     }
 
@@ -181,6 +191,9 @@ impl Driver {
         if let Some(error) = error.downcast_ref::<shroud_ebpf::Error>() {
             return of_gate(error);
         }
+        if let Some(error) = error.downcast_ref::<cni::Error>() {
+            return of_cni(error);
+        }
         self.failed()
     }
 
@@ -192,6 +205,7 @@ impl Driver {
             Self::Tunnel => Check::TunnelFailed,
             Self::Overlay => Check::OverlayFailed,
             Self::Routing => Check::RoutingFailed,
+            Self::Cni => Check::CniFailed,
         }
     }
 }
@@ -240,6 +254,14 @@ fn of_gate(error: &shroud_ebpf::Error) -> Check {
             Check::GateNotAttached
         }
         _ => Check::GateFailed,
+    }
+}
+
+fn of_cni(error: &cni::Error) -> Check {
+    match error {
+        cni::Error::NoFolder { .. } => Check::CniFolderMissing,
+        cni::Error::Foreign { .. } => Check::CniFileForeign,
+        cni::Error::System { .. } => Check::CniFailed,
     }
 }
 
@@ -305,6 +327,7 @@ mod tests {
         let overlay = |error: shroud_overlay::Error| (Driver::Overlay, anyhow::Error::new(error));
         let routing = |error: shroud_routing::Error| (Driver::Routing, anyhow::Error::new(error));
         let gate = |error: shroud_ebpf::Error| (Driver::Gate, anyhow::Error::new(error));
+        let cni = |error: cni::Error| (Driver::Cni, anyhow::Error::new(error));
         let cases = [
             (
                 tunnel(shroud_tunnel::Error::NoKernelWireGuard("none".to_owned())),
@@ -390,6 +413,9 @@ mod tests {
                 Check::GateNotAttached,
             ),
             (gate(shroud_ebpf::Error::Object { name: "egress" }), Check::GateFailed),
+            (cni(cni::Error::NoFolder { path: "f".into() }), Check::CniFolderMissing),
+            (cni(cni::Error::Foreign { path: "f".into() }), Check::CniFileForeign),
+            ((Driver::Cni, anyhow::anyhow!("dark")), Check::CniFailed),
             ((Driver::Look, anyhow::anyhow!("dark")), Check::LookFailed),
         ];
 

@@ -47,6 +47,13 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
     let device = &config.encryption.device;
     let mut kernel = Kernel::open().context("open routing netlink")?;
 
+    // First, so that no pod starts that would soon have no way.
+    match config.cni.remove() {
+        Ok(None) => {}
+        Ok(Some(file)) => cleaned.removed.push(format!("file {}", file.display())),
+        Err(error) => cleaned.failures.push(error.to_string()),
+    }
+
     let routes = kernel.remove();
     cleaned.removed.extend(routes.removed);
     cleaned.failures.extend(routes.errors.iter().map(ToString::to_string));

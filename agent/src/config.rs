@@ -17,6 +17,8 @@ use shroud_model::{Mark, NodeName, OverlayFormat, OverlayKind, Prefix, Vni};
 
 pub(crate) use value::{Detect, Interval};
 
+use crate::cni::Cni;
+
 /// Everything an operator can decide about one node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -69,6 +71,10 @@ pub(crate) struct Config {
     /// What happens to what is not.
     #[serde(default)]
     pub(crate) gate: Gate,
+
+    /// How this node's pods get their network.
+    #[serde(default)]
+    pub(crate) cni: Cni,
 
     /// Who is in the mesh.
     pub(crate) directory: Directory,
@@ -449,6 +455,9 @@ impl Config {
             let reason = "is also `routing.vxlanPort`; during a change of mode both are in use".to_owned();
             return Err(("routing.genevePort", self.routing.geneve_port.to_string(), reason));
         }
+        if let Some(flaw) = self.cni.flaw() {
+            return Err(("cni.name", self.cni.name.clone(), flaw.to_owned()));
+        }
         if self.encrypt.open_ports.len() > MAX_OPEN_PORTS {
             let reason = format!("is more than the gate looks for; name at most {MAX_OPEN_PORTS}");
             return Err((
@@ -638,6 +647,10 @@ directory: { file: { path: /etc/shroud/nodes } }
                 "`routing.genevePort` is 51820: is the tunnel's port",
             ),
             ("encrypt: { openPorts: [http] }", "`encrypt.openPorts[0]` is \"http\""),
+            (
+                "cni: { name: shroud.conf }",
+                "`cni.name` is shroud.conf: is not the name of a configuration list; give a file name that ends in .conflist",
+            ),
             ("resync: 0s", "`resync` is 0s: give 1ms to 300s"),
             (
                 "gate: { tunnelMark: 0x4000/0x4000 }",

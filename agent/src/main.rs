@@ -6,6 +6,7 @@
 mod check;
 mod cleanup;
 mod cli;
+mod cni;
 mod config;
 mod daemon;
 mod directory;

@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
-use shroud_ebpf::Gate;
+use shroud_ebpf::{Gate, Hook};
 use shroud_keyd::announcement::Mode;
 use shroud_keyd::directory::Origin;
 use shroud_keyd::{NodeKey, Snapshot};
@@ -26,7 +26,9 @@ use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
 
 use crate::check::{Check, Driver, Problem};
+use crate::cni;
 use crate::config::{Config, EncryptionBackend, GateAttach};
+use crate::explain::attached_at;
 use crate::plan::{Plan, Surroundings, View, addresses_of_interest, plan, uplinks};
 use crate::rates::{Rates, direction};
 use crate::serve::Request;
@@ -195,8 +197,11 @@ impl Reconciler {
         let converged = match known {
             Some(snapshot) => {
                 self.choose(&mut report);
-                self.converge(&snapshot, &mut report)
-                    .map(|(plan, surroundings)| (plan, surroundings, snapshot))
+                let converged = self.converge(&snapshot, &mut report);
+                if let Ok((plan, _)) = &converged {
+                    self.ensure_cni(plan, &mut report);
+                }
+                converged.map(|(plan, surroundings)| (plan, surroundings, snapshot))
             }
             None => self.fence_until_known(&mut report),
         };
@@ -422,6 +427,25 @@ impl Reconciler {
             report.note(Driver::Overlay, change, result);
         }
         tried
+    }
+
+    /// Tells the container runtime how to attach pods, once what they send is guarded: a runtime starts pods as soon as the file is there.
+    fn ensure_cni(&mut self, plan: &Plan, report: &mut Report) {
+        let guarded = self.gate.observe().is_ok_and(|observed| {
+            let uplinks = &plan.gate.uplinks;
+            !uplinks.is_empty()
+                && observed.table.is_some()
+                && uplinks.is_subset(&attached_at(&observed, Hook::Egress))
+                && uplinks.is_subset(&attached_at(&observed, Hook::Ingress))
+        });
+        if !self.config.cni.install || !guarded {
+            return;
+        }
+        match self.config.cni.ensure(&cni::conflist(&self.config, plan)) {
+            Ok(false) => {}
+            Ok(true) => report.note(Driver::Cni, &"configuration list written", Ok(())),
+            Err(error) => report.fail(Driver::Cni, &error.into()),
+        }
     }
 
     fn ensure_routing(&mut self, desired: &shroud_routing::Desired, report: &mut Report) {

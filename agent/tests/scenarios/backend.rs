@@ -9,7 +9,7 @@ use shroud_lab::{Agent, AgentOptions, Family, Lab, Protocol};
 
 use crate::mesh::{Mesh, SHROUD, nothing_leaked};
 
-fn with(backend: &str) -> AgentOptions {
+pub(crate) fn with(backend: &str) -> AgentOptions {
     AgentOptions {
         backend: backend.to_owned(),
         ..AgentOptions::new(SHROUD)
@@ -17,20 +17,23 @@ fn with(backend: &str) -> AgentOptions {
 }
 
 /// Whether this kernel has WireGuard, asked through iproute2.
-fn kernel_has_wireguard(lab: &Lab) -> bool {
+pub(crate) fn kernel_has_wireguard(lab: &Lab) -> bool {
     let netns = &lab.internet.netns;
     netns.ip("link add probe type wireguard").is_ok() && netns.ip("link delete probe").is_ok()
+}
+
+/// Ends a test that this machine cannot run.
+pub(crate) fn skipped(why: &str) -> Result<()> {
+    // Not `eprintln!`, which the test runner keeps to itself when the test passes.
+    std::io::stderr().write_all(format!("SKIPPED: {why}\n").as_bytes())?;
+    Ok(())
 }
 
 #[test]
 fn a_change_of_backend_keeps_key_and_port_and_leaks_nothing() -> Result<()> {
     let mut mesh = Mesh::started("backend", 2, &with("userspace"))?;
     if !kernel_has_wireguard(&mesh.lab) {
-        // Not `eprintln!`, which the test runner keeps to itself when the test passes.
-        let notice =
-            "SKIPPED: a change of backend; this kernel has no WireGuard, `make test-vm` boots some that have\n";
-        std::io::stderr().write_all(notice.as_bytes())?;
-        return Ok(());
+        return skipped("a change of backend; this kernel has no WireGuard, `make test-vm` boots some that have");
     }
     mesh.all_healthy()?;
     let before = mesh.agent("a").status()?;

@@ -14,10 +14,12 @@
 )]
 
 mod backend;
+mod cni;
 mod command_line;
 mod explain;
 mod faults;
 mod gate;
+mod hard_failures;
 mod mesh;
 mod nodes;
 mod overlay;

@@ -134,9 +134,17 @@ pub fn run(kernel: &Kernel, archive: &Archive, log: &Path, patience: Patience) -
     watch.end().with_context(|| format!("write {}", log.display()))
 }
 
+/// A command whose process is killed when the thread that started it is gone, however this program ends: a forgotten emulator would
+/// keep a processor busy for as long as the machine runs.
+fn mortal(program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", program]);
+    command
+}
+
 /// Software emulation on purpose: it is the same on every machine, and nested hardware virtualization often is not.
 fn start(kernel: &Kernel, initramfs: &Path) -> Result<Emulator> {
-    let mut qemu = Command::new(QEMU);
+    let mut qemu = mortal(QEMU);
     qemu.args(["-accel", "tcg", "-machine", "q35", "-cpu", "max"]);
     // One processor: a kernel patches its own code while it runs (static keys), and an emulator that runs several processors at once
     // may still execute the old bytes of it, which ends in "Oops: int3".
@@ -275,5 +283,37 @@ impl Watch {
         }
         self.log.flush()?;
         Ok(self.report)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn an_emulator_dies_with_the_thread_that_started_it() {
+        let (sender, started) = mpsc::channel();
+        thread::spawn(move || {
+            let mut child = mortal("sh")
+                .args(["-c", "echo up; exec sleep 5"])
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("setpriv starts");
+            let mut first = [0];
+            child
+                .stdout
+                .as_mut()
+                .expect("a pipe")
+                .read_exact(&mut first)
+                .expect("it speaks");
+            sender.send(child).expect("the test waits");
+        });
+        let mut child = started.recv().expect("it was started");
+
+        let status = child.wait().expect("it ends");
+
+        assert_eq!(status.signal(), Some(9), "{status}");
     }
 }

@@ -228,6 +228,7 @@ const VERIFIER_LIMIT: u32 = 1_000_000;
 fn the_verifier_is_far_from_its_limit() {
     let loaded = Loaded::new(table(Mode::Enforce));
 
+    let mut most = 0;
     for program in [
         "shroud_egress",
         "shroud_ingress",
@@ -242,12 +243,9 @@ fn the_verifier_is_far_from_its_limit() {
         let info = program.info().unwrap();
         let walked = info.verified_instruction_count().unwrap();
         eprintln!("{}: {walked} instructions walked", info.name_as_str().unwrap());
-        assert!(
-            walked < VERIFIER_LIMIT / 4,
-            "{}: {walked} instructions",
-            info.name_as_str().unwrap()
-        );
+        most = most.max(walked);
     }
+    assert!(most < VERIFIER_LIMIT / 4, "{most} instructions");
 }
 
 fn is_cut_short(frame: &[u8]) -> bool {

@@ -121,13 +121,11 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
             });
         }
     }
-    changes.extend(
-        observed
-            .other_layouts
-            .iter()
-            .cloned()
-            .map(|layout| Change::RemoveLayout { layout }),
-    );
+    // Not in the same pass: an attachment above may fail, and until it hangs the other layout's program guards the place.
+    if changes.is_empty() {
+        let layouts = observed.other_layouts.iter().cloned();
+        changes.extend(layouts.map(|layout| Change::RemoveLayout { layout }));
+    }
     changes
 }
 

@@ -40,6 +40,8 @@ pub struct Observed {
     pub table: Option<Table>,
     /// Pins of programs and maps that somebody removed.
     pub missing_pins: BTreeSet<String>,
+    /// Other layouts of our maps under the pin directory (`v1`), whose programs may still hang beside this one's.
+    pub other_layouts: BTreeSet<String>,
 }
 
 /// Which build of the program hangs at an attachment.
@@ -78,6 +80,11 @@ pub enum Change {
         /// Where.
         attachment: Attachment,
     },
+    /// Lets go of what another version of Shroud with another layout of the maps has left: its links, programs and maps.
+    RemoveLayout {
+        /// Its name under the pin directory.
+        layout: String,
+    },
 }
 
 /// What has to change, in the order in which it is safe: a table before the program that reads it, a new attachment before the old
@@ -113,6 +120,11 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
                 attachment: attachment.clone(),
             });
         }
+    }
+    // Not in the same pass: an attachment above may fail, and until it hangs the other layout's program guards the place.
+    if changes.is_empty() {
+        let layouts = observed.other_layouts.iter().cloned();
+        changes.extend(layouts.map(|layout| Change::RemoveLayout { layout }));
     }
     changes
 }
@@ -158,6 +170,7 @@ impl fmt::Display for Change {
                 attachment,
                 old: Some(_),
             } => write!(f, "gate on {attachment}: another build -> this build"),
+            Self::RemoveLayout { layout } => write!(f, "gate layout {layout}: beside this one -> none"),
             Self::Detach { attachment } => write!(f, "gate on {attachment}: attached -> none"),
         }
     }

@@ -140,6 +140,12 @@ impl Gate {
             attachments: self.attachments()?,
             table: self.read_table()?,
             missing_pins: self.missing_pins(),
+            other_layouts: self
+                .pins
+                .other_layouts()?
+                .iter()
+                .filter_map(|path| name_of(path))
+                .collect(),
         })
     }
 
@@ -153,6 +159,7 @@ impl Gate {
             Change::ReplaceTable { new, .. } => self.replace_table(new),
             Change::Attach { attachment, .. } => self.attach(attachment),
             Change::Detach { attachment } => self.detach(attachment),
+            Change::RemoveLayout { layout } => self.remove_layout(layout),
         }
     }
 
@@ -255,6 +262,20 @@ impl Gate {
                 .map(drop),
             Mechanism::Clsact => place.detach_clsact(),
         }
+    }
+
+    /// Removing a link's pin detaches its program; this layout's program already hangs there.
+    fn remove_layout(&self, layout: &str) -> Result<(), Error> {
+        for path in self.pins.other_layouts()? {
+            if name_of(&path).as_deref() == Some(layout) {
+                fs::remove_dir_all(&path).map_err(|source| Error::Path {
+                    operation: "remove",
+                    path,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
     }
 
     fn missing_pins(&self) -> BTreeSet<String> {
@@ -405,6 +426,13 @@ fn remove_other_builds(pins: &Pins, build: &str) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// A layout's name, if it looks like one (`v1`): what else somebody keeps under the pin directory is not ours.
+fn name_of(layout: &Path) -> Option<String> {
+    let name = layout.file_name()?.to_str()?;
+    let number = name.strip_prefix('v')?;
+    (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then(|| name.to_owned())
 }
 
 fn open_map(pins: &Pins, name: &'static str) -> Result<MapData, Error> {

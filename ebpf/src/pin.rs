@@ -37,6 +37,13 @@ impl Pins {
         }
     }
 
+    /// What lies beside this layout under the pin directory.
+    pub(crate) fn other_layouts(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut layouts = list(self.root.parent().unwrap_or(&self.root))?;
+        layouts.retain(|layout| *layout != self.root);
+        Ok(layouts)
+    }
+
     /// Of whatever layout version lies at this path.
     pub(crate) fn of_layout(root: PathBuf) -> Self {
         Self { root }

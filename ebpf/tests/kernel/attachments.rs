@@ -8,7 +8,7 @@ use aya::programs::links::LinkOrder;
 use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use shroud_ebpf::{Attach, Attachment, Build, Change, Desired, Gate, Hook, Mechanism, Mode, diff};
 
-use crate::namespace::{Namespace, PinDirectory, reconcile, run};
+use crate::namespace::{Namespace, PinDirectory, eventually, reconcile, run};
 use crate::tables::table;
 use crate::{every_means, has_tcx, needs_tcx};
 
@@ -274,6 +274,87 @@ fn a_device_that_is_no_uplink_any_more_is_let_go() {
     }
 }
 
+/// Another version left its own maps, programs and links: they go once this version hangs at every place.
+#[test]
+fn another_layout_is_let_go_after_this_one_hangs() {
+    for attach in every_means() {
+        let world = World::new();
+        reconcile(&mut world.open(attach), &desired());
+        let before = world.program_ids();
+        fs::rename(world.pins.0.join("v2"), world.pins.0.join("v1")).unwrap();
+        fs::create_dir(world.pins.0.join("notes")).unwrap();
+
+        let mut gate = world.open(attach);
+        let first = reconcile(&mut gate, &desired());
+        assert!(world.pins.0.join("v1").exists(), "{first:?}");
+        let second = reconcile(&mut gate, &desired());
+
+        assert_eq!(second, ["gate layout v1: beside this one -> none"]);
+        let now = eventually("only this layout's programs", || match world.program_ids() {
+            ids if ids.len() == 3 => Ok(ids),
+            other => Err(format!("{other:?}")),
+        });
+        assert!(now.iter().all(|id| !before.contains(id)), "{now:?}");
+        assert!(!world.pins.0.join("v1").exists());
+        assert!(world.pins.0.join("notes").exists());
+        assert_eq!(reconcile(&mut gate, &desired()), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn the_encryption_device_has_a_gate_while_it_is_named() {
+    for attach in every_means() {
+        let world = World::new();
+        let by = if attach == Attach::Tcx { "tcx" } else { "clsact" };
+        run(&["ip", "tuntap", "add", "shroud0", "mode", "tun"]);
+        let with = Desired {
+            encryption: Some("shroud0".to_owned()),
+            ..desired()
+        };
+        let mut gate = world.open(attach);
+
+        let changes = reconcile(&mut gate, &with);
+
+        assert!(
+            changes.contains(&format!("gate on shroud0 decrypted ({by}): none -> attached")),
+            "{changes:?}"
+        );
+        assert_eq!(reconcile(&mut gate, &with), Vec::<String>::new());
+        assert_eq!(
+            world.hanging_on(&["shroud0"]),
+            [format!("shroud0 {by}/ingress shroud_l3_decr")]
+        );
+        drop(gate);
+        let mut gate = world.open(attach);
+        assert_eq!(
+            reconcile(&mut gate, &with),
+            Vec::<String>::new(),
+            "it outlives the process"
+        );
+
+        // Made again under the same name: the new device has none.
+        run(&["ip", "link", "del", "shroud0"]);
+        run(&["ip", "tuntap", "add", "shroud0", "mode", "tun"]);
+        assert_eq!(
+            reconcile(&mut gate, &with),
+            [format!("gate on shroud0 decrypted ({by}): none -> attached")]
+        );
+
+        assert_eq!(
+            reconcile(&mut gate, &desired()),
+            [format!("gate on shroud0 decrypted ({by}): attached -> none")]
+        );
+        assert_eq!(world.hanging_on(&["shroud0"]), Vec::<String>::new());
+
+        reconcile(&mut gate, &with);
+        drop(gate);
+        let removed = Gate::remove(&world.pins.options(attach));
+        assert!(removed.errors.is_empty(), "{:?}", removed.errors);
+        assert_eq!(removed.removed.len(), 5, "{:?}", removed.removed);
+        assert_eq!(world.hanging_on(&["shroud0"]), Vec::<String>::new());
+    }
+}
+
 #[test]
 fn foreign_programs_are_left_alone() {
     for attach in every_means() {
@@ -443,21 +524,26 @@ impl World {
         Gate::open(&self.pins.options(attach)).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// What hangs on either device, as "device hook program", in the order in which programs run.
+    /// What hangs on the uplink and the pod's device, as "device hook program", in the order in which programs run.
     fn hanging(&self) -> Vec<String> {
-        self.programs()
+        self.hanging_on(&["eth0", "pod0"])
+    }
+
+    fn hanging_on(&self, devices: &[&str]) -> Vec<String> {
+        self.programs(devices)
             .into_iter()
             .map(|(place, name, _)| format!("{place} {name}"))
             .collect()
     }
 
     fn program_ids(&self) -> Vec<u32> {
-        self.programs().into_iter().map(|(_, _, id)| id).collect()
+        let programs = self.programs(&["eth0", "pod0"]);
+        programs.into_iter().map(|(_, _, id)| id).collect()
     }
 
-    fn programs(&self) -> Vec<(String, String, u32)> {
+    fn programs(&self, devices: &[&str]) -> Vec<(String, String, u32)> {
         let mut found = Vec::new();
-        for device in ["eth0", "pod0"] {
+        for &device in devices {
             for (side, kind) in [("egress", TcAttachType::Egress), ("ingress", TcAttachType::Ingress)] {
                 let programs = if has_tcx() {
                     SchedClassifier::query_tcx(device, kind).unwrap().1

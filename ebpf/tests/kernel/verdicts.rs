@@ -219,15 +219,15 @@ fn headerless_devices_have_programs_of_their_own() {
     );
 }
 
-/// The verifier gives up at a million instructions, and older kernels walk more paths than this one.
-/// How many instructions a verifier walks at most (`BPF_COMPLEXITY_LIMIT_INSNS`, include/linux/bpf.h). Older ones walk more paths: 113,454
-/// on 6.1, where 6.18 needs a twentieth.
+/// How many instructions a verifier walks at most (`BPF_COMPLEXITY_LIMIT_INSNS`, include/linux/bpf.h). Older kernels walk more paths than
+/// this one: half as many again on 6.1.
 const VERIFIER_LIMIT: u32 = 1_000_000;
 
 #[test]
 fn the_verifier_is_far_from_its_limit() {
     let loaded = Loaded::new(table(Mode::Enforce));
 
+    let mut most = 0;
     for program in [
         "shroud_egress",
         "shroud_ingress",
@@ -242,12 +242,9 @@ fn the_verifier_is_far_from_its_limit() {
         let info = program.info().unwrap();
         let walked = info.verified_instruction_count().unwrap();
         eprintln!("{}: {walked} instructions walked", info.name_as_str().unwrap());
-        assert!(
-            walked < VERIFIER_LIMIT / 4,
-            "{}: {walked} instructions",
-            info.name_as_str().unwrap()
-        );
+        most = most.max(walked);
     }
+    assert!(most < VERIFIER_LIMIT / 2, "{most} instructions");
 }
 
 fn is_cut_short(frame: &[u8]) -> bool {

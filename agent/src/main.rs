@@ -80,7 +80,10 @@ fn wire(device: String, socket_dir: std::path::PathBuf) -> Exit {
         Err(error) => {
             let exit = match error {
                 shroud_wire::Error::DeviceBusy(_) | shroud_wire::Error::DeviceForeign(_) => Exit::DeviceTaken,
-                _ => Exit::Degraded,
+                shroud_wire::Error::DeviceName(_)
+                | shroud_wire::Error::AlreadyRunning { .. }
+                | shroud_wire::Error::DeviceGone(_)
+                | shroud_wire::Error::System { .. } => Exit::Degraded,
             };
             tracing::error!(error = format!("{:#}", anyhow::Error::new(error)), "wire ends");
             exit

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use shroud_keyd::announcement::Mode;
 use shroud_keyd::{NodeKey, Snapshot};
 use shroud_model::{Family, Mtu, NodeName, OverlayFormat, OverlayKind, Prefix, PublicKey};
+use shroud_routing::path_mtu::PathMtu;
 use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sysctl, Table};
 use shroud_tunnel::Backend;
 
@@ -50,6 +51,8 @@ pub(crate) struct Surroundings {
     pub(crate) encryption_device: Option<u32>,
     /// The overlay devices of ours that exist.
     pub(crate) overlay_devices: BTreeSet<String>,
+    /// What probing found out about the paths to peers, by mesh address.
+    pub(crate) paths: BTreeMap<IpAddr, PathMtu>,
 }
 
 /// What the kernel should look like, in each driver's own words.
@@ -78,8 +81,13 @@ pub(crate) struct PlannedPeer {
     pub(crate) endpoint: Option<SocketAddr>,
     /// The largest packet that goes through the tunnel to it.
     pub(crate) tunnel_mtu: Mtu,
-    /// The largest pod packet that gets to it: less than the above where an overlay wraps it.
+    /// The largest pod packet that gets to it, if the uplink's word is right: less than the above where an overlay wraps it.
+    pub(crate) expected_mtu: Mtu,
+    /// The largest pod packet that really gets to it: less than the above where probing found a narrow place.
     pub(crate) mtu: Mtu,
+    /// The mesh address at which the path is probed, and what that found.
+    pub(crate) probe: Option<IpAddr>,
+    pub(crate) path: Option<PathMtu>,
     /// The overlay that leads to it, or `None` where it is sent to natively.
     pub(crate) overlay: Option<End>,
     pub(crate) pod_prefixes: BTreeSet<Prefix>,
@@ -168,6 +176,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         pod_devices,
         encryption_device,
         overlay_devices,
+        paths,
     } = surroundings;
     let device = &config.encryption.device;
     let uplinks = uplinks(config, facts, hops);
@@ -183,6 +192,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
             Ok(end) => planned.take(end),
             Err(problem) => planned.problems.push(Check::PeerOverlayDiffers.says(problem)),
         }
+        planned.narrow(paths);
         peers.insert(name.clone(), planned);
     }
     let smallest_tunnel = smallest_tunnel_mtu(facts, &uplinks);
@@ -393,7 +403,10 @@ fn plan_peer(
         public_key: peer.public_key,
         endpoint,
         tunnel_mtu: mtu,
+        expected_mtu: mtu,
         mtu,
+        probe: mesh_address(&peer.pod_prefixes, Family::V4).or_else(|| mesh_address(&peer.pod_prefixes, Family::V6)),
+        path: None,
         overlay: None,
         pod_prefixes: peer.pod_prefixes.clone(),
         encrypts_nodes: nodes::are_encrypted(config, peer),
@@ -405,9 +418,24 @@ impl PlannedPeer {
     /// Sends to the peer through an overlay, if there is one.
     fn take(&mut self, end: Option<End>) {
         if let Some(end) = &end {
-            self.mtu = self.tunnel_mtu.inside_overlay(Family::of(end.remote));
+            self.expected_mtu = self.tunnel_mtu.inside_overlay(Family::of(end.remote));
+            self.mtu = self.expected_mtu;
         }
         self.overlay = end;
+    }
+
+    /// Makes packets smaller where probing found that the path carries less than the uplink promises.
+    fn narrow(&mut self, paths: &BTreeMap<IpAddr, PathMtu>) {
+        self.path = self.probe.and_then(|address| paths.get(&address)).copied();
+        if let Some(path) = self.path {
+            self.mtu = self.expected_mtu.min(path.mtu);
+        }
+    }
+
+    /// The largest packet between the two nodes themselves, which no overlay wraps.
+    pub(crate) fn node_mtu(&self) -> Mtu {
+        let overhead = self.tunnel_mtu.bytes() - self.expected_mtu.bytes();
+        Mtu::new(self.mtu.bytes() + overhead).unwrap_or(self.tunnel_mtu)
     }
 }
 

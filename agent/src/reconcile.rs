@@ -20,6 +20,7 @@ use shroud_keyd::directory::Origin;
 use shroud_keyd::{NodeKey, Snapshot};
 use shroud_model::OverlayFormat;
 use shroud_overlay::Overlay;
+use shroud_routing::path_mtu::Prober;
 use shroud_routing::{Hop, Kernel};
 use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
@@ -91,6 +92,7 @@ pub(crate) struct Reconciler {
     tunnel: Tunnel,
     overlay: Overlay,
     kernel: Kernel,
+    prober: Prober,
     mesh: watch::Receiver<Mesh>,
     /// For whoever publishes the announcement.
     presence: watch::Sender<Option<Presence>>,
@@ -153,6 +155,7 @@ impl Reconciler {
         let tunnel = Tunnel::new(tunnel_options(&config));
         let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
         let kernel = Kernel::open().context("open routing netlink")?;
+        let prober = Prober::start().context("start to probe paths")?;
         Ok(Self {
             config,
             key,
@@ -161,6 +164,7 @@ impl Reconciler {
             tunnel,
             overlay,
             kernel,
+            prober,
             mesh,
             presence,
             last: None,
@@ -220,6 +224,11 @@ impl Reconciler {
                 return;
             }
         };
+        let probed = plan
+            .peers
+            .values()
+            .filter_map(|peer| Some((peer.probe?, peer.expected_mtu)));
+        self.prober.set_targets(&probed.collect());
         let presence = Presence {
             addresses: plan.addresses.clone(),
             backend: plan.tunnel.backend,
@@ -354,6 +363,7 @@ impl Reconciler {
             pod_devices,
             encryption_device,
             overlay_devices: overlay.devices.into_keys().collect(),
+            paths: self.prober.snapshot(),
         })
     }
 

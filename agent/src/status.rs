@@ -107,11 +107,28 @@ pub(crate) struct PeerStatus {
     pub(crate) tx_bytes: u64,
     /// How pod packets are sent to it: `native`, `vxlan` or `geneve`.
     pub(crate) mode: String,
+    /// The largest pod packet that gets there.
     pub(crate) mtu: Mtu,
+    /// What probing the path found; `null` before the first probe.
+    pub(crate) path: Option<PathStatus>,
     pub(crate) pod_prefixes: Vec<Prefix>,
     /// Whether the traffic of the two nodes themselves is encrypted too.
     pub(crate) encrypts_nodes: bool,
     pub(crate) problems: Vec<Problem>,
+}
+
+/// The path to a peer, through the tunnel and whatever lies below it, as in-tunnel probes find it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PathStatus {
+    /// `unknown`, `confirmed`, `searching`, `reduced` or `silent`.
+    pub(crate) state: String,
+    /// The largest pod packet that the uplink promises to carry.
+    pub(crate) expected_mtu: Mtu,
+    pub(crate) rtt_milliseconds: Option<f64>,
+    pub(crate) probes_sent: u64,
+    /// Those too large for the path are among them.
+    pub(crate) probes_lost: u64,
 }
 
 /// A node that is known and kept out.

@@ -77,7 +77,7 @@ pub(crate) fn routes(
             device: device.to_owned(),
             via: hop.via,
             source: hop.source,
-            mtu: Some(planned.tunnel_mtu),
+            mtu: Some(planned.node_mtu()),
             onlink: false,
             encapsulation: None,
             table: Table::Node,

@@ -167,7 +167,7 @@ pub(crate) fn desired(
     for kind in kinds {
         for (name, local) in devices(*kind, own_addresses) {
             let through = |peer: &&PlannedPeer| peer.overlay.as_ref().is_some_and(|end| end.device == name);
-            let mtu = peers.values().filter(through).map(|peer| peer.mtu).max();
+            let mtu = peers.values().filter(through).map(|peer| peer.expected_mtu).max();
             let vteps = peers.iter().filter_map(|(node, peer)| vtep(name, node, peer)).collect();
             let device = Device {
                 kind: *kind,

@@ -5,6 +5,7 @@ use shroud_ebpf::{Owner, Path as Way};
 use shroud_keyd::directory::{Origin, Refused};
 use shroud_keyd::{Peer, Reason};
 use shroud_model::PrivateKey;
+use shroud_routing::path_mtu::PathState;
 use shroud_routing::{Address, LinkFacts};
 
 use super::*;
@@ -336,6 +337,46 @@ fn auto_stays_native_where_the_underlay_needs_to_know_nothing() {
     assert_eq!(routable(far).plan().mode, Mode::Native);
 }
 
+#[test]
+fn a_narrow_place_makes_packets_to_that_peer_smaller_and_no_device() {
+    let mut world = with_overlay(RoutingMode::Vxlan)
+        .configured(|config| config.encrypt.nodes = true)
+        .announcing("b", |b| b.encrypts_nodes = true)
+        .peer("c", 3, &["172.18.0.3"], &["10.244.3.0/24"]);
+    let found = PathMtu {
+        mtu: Mtu::new(1300).unwrap(),
+        state: PathState::Reduced,
+        rtt: None,
+        sent: 9,
+        lost: 3,
+    };
+    world.surroundings.paths.insert(ip("10.244.2.0"), found);
+
+    let plan = world.plan();
+
+    let mtus: Vec<(String, u32)> = plan
+        .routing
+        .routes
+        .iter()
+        .map(|route| (route.destination.to_string(), route.mtu.unwrap().bytes()))
+        .collect();
+    let mtu = |prefix: &str| mtus.iter().find(|(found, _)| found == prefix).unwrap().1;
+    assert_eq!(
+        (mtu("10.244.2.0/24"), mtu("fd00:10:244:2::/64"), mtu("172.18.0.2/32")),
+        (1300, 1300, 1350)
+    );
+    assert_eq!(mtu("10.244.3.0/24"), 1440);
+    assert_eq!(plan.routing.links["shroud0"].mtu.bytes(), 1440);
+    assert_eq!(plan.overlay.devices["shroud.vxlan"].mtu.bytes(), 1390);
+    assert_eq!(
+        (
+            plan.peers[&name("b")].probe,
+            plan.peers[&name("b")].expected_mtu.bytes()
+        ),
+        (Some(ip("10.244.2.0")), 1390)
+    );
+}
+
 /// Node b, which encrypts the traffic of nodes as this one does.
 fn with_nodes() -> World {
     World::new()
@@ -449,6 +490,7 @@ directory: { file: { path: /nodes } }
                 pod_devices: BTreeSet::new(),
                 encryption_device: Some(7),
                 overlay_devices: BTreeSet::new(),
+                paths: BTreeMap::new(),
             },
         }
     }

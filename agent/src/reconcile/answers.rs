@@ -19,8 +19,8 @@ use crate::plan::{Plan, PlannedPeer};
 use crate::rates::verdict;
 use crate::serve::Request;
 use crate::status::{
-    EncryptionStatus, Explanation, GateCounters, GateStatus, PassStatus, PeerStatus, RefusedStatus, RoutingStatus,
-    Status, VERSION, Verdict,
+    EncryptionStatus, Explanation, GateCounters, GateStatus, PassStatus, PathStatus, PeerStatus, RefusedStatus,
+    RoutingStatus, Status, VERSION, Verdict,
 };
 
 /// A peer that has not shaken hands for this long has no session (REJECT_AFTER_TIME, WireGuard whitepaper §6.1).
@@ -305,6 +305,13 @@ fn peer_status(
             .map_or("native", |end| end.kind.name())
             .to_owned(),
         mtu: planned.mtu,
+        path: planned.path.map(|path| PathStatus {
+            state: path.state.to_string(),
+            expected_mtu: planned.expected_mtu,
+            rtt_milliseconds: path.rtt.map(|rtt| rtt.as_secs_f64() * 1000.0),
+            probes_sent: path.sent,
+            probes_lost: path.lost,
+        }),
         pod_prefixes: planned.pod_prefixes.iter().copied().collect(),
         encrypts_nodes: planned.encrypts_nodes,
         problems,

@@ -29,7 +29,9 @@ fn main() -> ExitCode {
             match error {
                 // As `shroud wire` ends.
                 Error::DeviceBusy(_) | Error::DeviceForeign(_) => ExitCode::from(4),
-                _ => ExitCode::FAILURE,
+                Error::DeviceName(_) | Error::AlreadyRunning { .. } | Error::DeviceGone(_) | Error::System { .. } => {
+                    ExitCode::FAILURE
+                }
             }
         }
     }

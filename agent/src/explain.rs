@@ -1,21 +1,23 @@
 //! What happens to a packet, step by step, and why: pure, from what was just read back from the kernel.
 //!
 //! The route is the kernel's own answer, the gate's verdict comes from the very code that runs in the kernel over the table that lies in
-//! its maps, and the tunnel's peer is the one whose allowed IPs really contain the destination. Nothing is taken from the plan.
+//! its maps, and the tunnel's peer is the one whose allowed IPs really contain the destination. Only to whom an overlay device sends a packet
+//! is taken from the plan.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::time::SystemTime;
 
-use shroud_ebpf::{Action, Direction, Facts, Hook, Observed, Reason};
+use shroud_ebpf::{Action, Direction, Facts, Hook, Observed, Reason, Wrapping};
 use shroud_keyd::Snapshot;
 use shroud_model::{NodeName, PublicKey};
 use shroud_routing::{Hop, HopKind};
 use shroud_tunnel::Device;
 
 use crate::config::Config;
-use crate::plan::{Surroundings, outgoing};
+use crate::plan::overlay::End;
+use crate::plan::{PlannedPeer, Surroundings, outgoing};
 use crate::status::{Explanation, Outcome, Step, VERSION};
 
 /// TCP, by which the kernel's questions are asked (IANA protocol numbers). The gate decides by addresses alone.
@@ -26,6 +28,8 @@ pub(crate) struct Knowledge<'a> {
     pub(crate) config: &'a Config,
     pub(crate) snapshot: &'a Snapshot,
     pub(crate) surroundings: &'a Surroundings,
+    /// How peers are reached, as the last pass left it.
+    pub(crate) peers: &'a BTreeMap<NodeName, PlannedPeer>,
     /// The gate as it is in the kernel.
     pub(crate) gate: &'a Observed,
     /// The encryption device as it is, if there is one.
@@ -152,6 +156,26 @@ fn leaving(
     if device == config.encryption.device {
         return through_the_tunnel(knowledge, destination, story);
     }
+    let end = wrapped(knowledge, device, destination);
+    // From here on what counts is where the packet goes outside.
+    let (device, outer_destination) = match end {
+        None => (device, destination),
+        Some(end) => {
+            let (kind, vni, through) = (end.kind, config.routing.vni, end.device);
+            story.tell(
+                "overlay",
+                format!(
+                    "{through} wraps it in {kind} {vni}, from {} to {}",
+                    end.local, end.remote
+                ),
+            );
+            let hop = knowledge.surroundings.hops.get(&end.remote);
+            let Some(uplink) = hop.and_then(outgoing) else {
+                return (Outcome::Dropped, format!("the kernel has no route to {}", end.remote));
+            };
+            (uplink, end.remote)
+        }
+    };
     if knowledge.surroundings.pod_devices.contains(device) {
         return (Outcome::Local, format!("it stays on this node, behind {device}"));
     }
@@ -181,6 +205,11 @@ fn leaving(
         protocol: TCP,
         ports: None,
         mark,
+        overlay: end.map(|end| Wrapping {
+            vni: config.routing.vni.number(),
+            source: end.local,
+            destination: end.remote,
+        }),
     };
     match verdict(knowledge, &facts) {
         Err(reason) => (Outcome::Dropped, reason),
@@ -193,7 +222,7 @@ fn leaving(
                     config.encryption.device
                 ),
             );
-            through_the_tunnel(knowledge, destination, story)
+            through_the_tunnel(knowledge, outer_destination, story)
         }
         Ok((Action::Drop, reason, _)) => {
             story.tell("gate", format!("{device} egress: {}; dropped", reason.as_str()));
@@ -208,6 +237,13 @@ fn leaving(
             )
         }
     }
+}
+
+/// The overlay end through which a packet goes that the kernel sends by `device`.
+fn wrapped<'a>(knowledge: &Knowledge<'a>, device: &str, destination: IpAddr) -> Option<&'a End> {
+    let has_it = |peer: &&PlannedPeer| peer.pod_prefixes.iter().any(|prefix| prefix.contains(destination));
+    let peer = knowledge.peers.values().find(has_it)?;
+    peer.overlay.as_ref().filter(|end| end.device == device)
 }
 
 /// A packet that is for this node and starts elsewhere.
@@ -225,6 +261,7 @@ fn arriving(
         protocol: TCP,
         ports: None,
         mark: 0,
+        overlay: None,
     };
     let in_the_clear = match verdict(knowledge, &facts) {
         Err(reason) => return (Outcome::Dropped, reason),

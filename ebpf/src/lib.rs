@@ -28,4 +28,4 @@ pub use event::{Counter, Event};
 pub use gate::{Gate, Options, Removed};
 pub use port::{InvalidPort, MAX_OPEN_PORTS, Port, Transport};
 pub use shroud_gate::{Action, Direction, Reason, Verdict};
-pub use table::{Facts, Mode, Node, NodePath, Owner, Path, Table, decide};
+pub use table::{Facts, Mode, Node, NodePath, Owner, Path, Table, Wrapping, decide};

@@ -329,6 +329,9 @@ fn covering(prefix: Prefix) -> impl Iterator<Item = Prefix> {
         .filter_map(move |length| Prefix::containing(prefix.address(), length))
 }
 
+/// UDP's number (IANA protocol numbers).
+const UDP: u8 = 17;
+
 /// A packet as a person would describe it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
@@ -344,6 +347,19 @@ pub struct Facts {
     pub ports: Option<(u16, u16)>,
     /// The packet's mark.
     pub mark: u32,
+    /// The overlay packet around it, if there is one.
+    pub overlay: Option<Wrapping>,
+}
+
+/// An overlay packet, but for what is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wrapping {
+    /// The overlay's number.
+    pub vni: u32,
+    /// The node that wrapped it.
+    pub source: IpAddr,
+    /// The node it is sent to.
+    pub destination: IpAddr,
 }
 
 /// Decides on a packet by a table, with the very code that runs in the kernel.
@@ -353,7 +369,7 @@ pub struct Facts {
 pub fn decide(table: &Table, facts: &Facts) -> Result<Verdict, Error> {
     let encoded = table.encode()?;
     let (source_port, destination_port) = facts.ports.unwrap_or_default();
-    let outer = Flow {
+    let flow = Flow {
         source: address(facts.source),
         destination: address(facts.destination),
         protocol: facts.protocol,
@@ -366,11 +382,25 @@ pub fn decide(table: &Table, facts: &Facts) -> Result<Verdict, Error> {
         destination_port: destination_port.to_be_bytes(),
         icmpv6: 0,
     };
-    let packet = Packet {
-        shape: Shape::Ip,
-        vni: 0,
-        outer,
-        inner: outer,
+    let packet = match facts.overlay {
+        None => Packet {
+            shape: Shape::Ip,
+            vni: 0,
+            outer: flow,
+            inner: flow,
+        },
+        Some(wrapping) => Packet {
+            shape: Shape::OverlayOfIp,
+            vni: wrapping.vni,
+            outer: Flow {
+                source: address(wrapping.source),
+                destination: address(wrapping.destination),
+                protocol: UDP,
+                upper: Upper::Ports,
+                ..flow
+            },
+            inner: flow,
+        },
     };
     Ok(match facts.direction {
         Direction::Egress => shroud_gate::egress(&packet, facts.mark, &encoded),
@@ -477,6 +507,7 @@ mod tests {
             protocol: 1,
             ports: None,
             mark: 0,
+            overlay: None,
         };
         let verdict = |destination| {
             let verdict = decide(&table(), &facts(destination)).unwrap();

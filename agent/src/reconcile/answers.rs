@@ -191,6 +191,7 @@ impl Reconciler {
             config: &self.config,
             snapshot: &last.snapshot,
             surroundings: &last.surroundings,
+            peers: &last.plan.peers,
             gate: &observed,
             tunnel: tunnel.device.as_ref(),
             hop: &hop,

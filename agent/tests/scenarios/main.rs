@@ -21,6 +21,7 @@ mod faults;
 mod gate;
 mod hard_failures;
 mod mesh;
+mod mtu;
 mod nodes;
 mod overlay;
 mod reconcile;

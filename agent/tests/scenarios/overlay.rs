@@ -69,6 +69,15 @@ fn carries_everything_encrypted(mode: &str) -> Result<()> {
     }
 
     nothing_leaked(capture)?;
+    let (from, to) = (mesh.lab.pod("a0").v4.to_string(), mesh.lab.pod("b0").v4.to_string());
+    let explained = mesh.json("a", &["explain", &from, &to])?;
+    let steps = explained["steps"].to_string();
+    ensure!(
+        explained["outcome"] == "encrypted"
+            && steps.contains(&format!("wraps it in {mode} 21320"))
+            && steps.contains("for b"),
+        "{explained:#}"
+    );
     let device = if mode == "vxlan" {
         "shroud.vxlan"
     } else {

@@ -56,11 +56,14 @@ fn mtu(bytes: u32) -> Mtu {
 
 const MINUTE: Duration = Duration::from_secs(60);
 
+type Row = (&'static str, &'static [(Path, u32)], &'static [u32], PathState);
+
 #[test]
 fn what_a_path_does_and_what_is_told_of_it() {
     use Path::{Carries, Dead};
     use PathState::{Confirmed, Reduced, Silent};
-    let rows: [(&str, &[(Path, u32)], &[u32], PathState); 8] = [
+    // What the path does for how many minutes, what is told of it, and the end.
+    let rows: [Row; 8] = [
         ("as planned", &[(Carries(1500), 60)], &[1440], Confirmed),
         ("exactly as planned", &[(Carries(1440), 60)], &[1440], Confirmed),
         ("a byte less", &[(Carries(1439), 2)], &[1440, 1439], Reduced),

@@ -278,13 +278,21 @@ fn routing(
         rules.extend(by);
     }
     let mesh = mesh_addresses(config);
+    let mut inside = mesh.clone();
+    if !overlay.devices.is_empty() || config.encrypt.nodes {
+        // Packets between node addresses come out of the tunnel; without IPv4 pods its device would have no IPv4 address either, see below.
+        let own = addresses.iter().find(|address| Family::of(**address) == Family::V4);
+        if let Some(own) = own {
+            inside.entry(Family::V4).or_insert(*own);
+        }
+    }
     let encryption = Link {
         mtu: peers
             .values()
             .map(|peer| peer.tunnel_mtu)
             .max()
             .unwrap_or(smallest_tunnel),
-        addresses: mesh.values().copied().collect(),
+        addresses: inside.into_values().collect(),
     };
     let mut links = BTreeMap::from([(config.encryption.device.clone(), encryption)]);
     for (name, device) in &overlay.devices {

@@ -14,6 +14,9 @@ const UDP_OVER_IPV6: u32 = 40 + 8;
 /// WireGuard's own: type, index, counter, tag.
 const WIREGUARD: u32 = 32;
 
+/// What WireGuard pads to, whitepaper §5.4.6.
+const WIREGUARD_BLOCK: u32 = 16;
+
 /// A VXLAN header or a Geneve header without options, and the inner Ethernet header.
 const OVERLAY: u32 = 8 + 14;
 
@@ -63,12 +66,16 @@ impl Mtu {
         self.inside(underlay, WIREGUARD)
     }
 
-    /// What is left for the inner packet when an overlay (VXLAN, or Geneve without options) wraps it and `underlay` carries it: the outer
-    /// IP and UDP headers, the overlay's own, and the inner Ethernet header (RFC 7348 §5, RFC 8926 §3.5).
+    /// What is left for the inner packet when an overlay (VXLAN, or Geneve without options) wraps it on its way through a tunnel of this
+    /// size: the outer IP and UDP headers, the overlay's own, and the inner Ethernet header (RFC 7348 §5, RFC 8926 §3.5).
+    ///
+    /// The wrapped packet fills whole blocks of 16 bytes at most. It was routed to the uplink before the gate led it into the tunnel, and
+    /// the kernel's WireGuard limits padding by the MTU of that route (`calculate_skb_padding` in drivers/net/wireguard/send.c): a full
+    /// packet that is no multiple of 16 would grow beyond the tunnel's MTU.
     ///
     /// Never less than [`Mtu::MINIMUM`], as with [`Mtu::inside_wireguard`].
     pub const fn inside_overlay(self, underlay: Family) -> Self {
-        self.inside(underlay, OVERLAY)
+        Self(self.0 - self.0 % WIREGUARD_BLOCK).inside(underlay, OVERLAY)
     }
 
     const fn inside(self, underlay: Family, headers: u32) -> Self {
@@ -135,14 +142,14 @@ mod tests {
     fn the_table_of_sizes() {
         let rows = [
             // uplink, underlay, native, overlay
-            (1280, Family::V4, 1220, 1170),
+            (1280, Family::V4, 1220, 1166),
             (1280, Family::V6, 1200, 1130),
-            (1400, Family::V4, 1340, 1290),
-            (1400, Family::V6, 1320, 1250),
+            (1400, Family::V4, 1340, 1278),
+            (1400, Family::V6, 1320, 1242),
             (1500, Family::V4, 1440, 1390),
-            (1500, Family::V6, 1420, 1350),
-            (9000, Family::V4, 8940, 8890),
-            (9000, Family::V6, 8920, 8850),
+            (1500, Family::V6, 1420, 1338),
+            (9000, Family::V4, 8940, 8878),
+            (9000, Family::V6, 8920, 8842),
         ];
         for (uplink, underlay, native, overlay) in rows {
             let tunnel = Mtu(uplink).inside_wireguard(underlay);
@@ -152,6 +159,12 @@ mod tests {
                 tunnel.inside_overlay(underlay),
                 Mtu(overlay),
                 "overlay over {underlay}, uplink {uplink}"
+            );
+            let wrapped = overlay + if underlay == Family::V4 { 50 } else { 70 };
+            let wire = on_the_wire(wrapped, Mtu(uplink), underlay);
+            assert!(
+                wire <= uplink,
+                "a full wrapped packet comes to {wire} bytes, whatever limits the padding"
             );
             assert_eq!(
                 on_the_wire(native, tunnel, underlay),

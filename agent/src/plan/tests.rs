@@ -272,7 +272,7 @@ fn an_ipv6_underlay_has_a_vxlan_device_of_its_own() {
 
     assert_eq!(
         shown(&world.plan())[0],
-        "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan6 src 10.244.1.0 onlink mtu 1350"
+        "10.244.2.0/24 via 10.244.2.0 dev shroud.vxlan6 src 10.244.1.0 onlink mtu 1338"
     );
 }
 

@@ -13,7 +13,7 @@ use crate::mesh::{Mesh, SHROUD, nothing_leaked};
 
 const WITHIN: Duration = Duration::from_secs(20);
 
-fn with(mode: &str) -> AgentOptions {
+pub(crate) fn with(mode: &str) -> AgentOptions {
     AgentOptions {
         mode: mode.to_owned(),
         ..AgentOptions::new(SHROUD)
@@ -21,7 +21,7 @@ fn with(mode: &str) -> AgentOptions {
 }
 
 /// Whether this kernel can make such a device, asked through iproute2; says so where it cannot.
-fn has(lab: &Lab, kind: &str) -> Result<bool> {
+pub(crate) fn has(lab: &Lab, kind: &str) -> Result<bool> {
     let netns = &lab.internet.netns;
     if netns
         .ip(&format!("link add probe type {kind} external dstport 9999"))
@@ -39,7 +39,7 @@ fn has(lab: &Lab, kind: &str) -> Result<bool> {
 }
 
 /// Whether all peers are reached in this way.
-fn reached_by(status: &Status, mode: &str) -> bool {
+pub(crate) fn reached_by(status: &Status, mode: &str) -> bool {
     let peers = status.raw["peers"].as_array().into_iter().flatten();
     peers.clone().count() > 0 && peers.into_iter().all(|peer| peer["mode"] == mode)
 }

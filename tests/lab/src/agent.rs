@@ -340,13 +340,15 @@ pub fn config_file(node: &Node) -> PathBuf {
 
 /// The agent's configuration.
 pub fn config(node: &Node, options: &AgentOptions) -> String {
+    let prefixes = node.pod_prefixes();
+    let prefixes: Vec<String> = prefixes.iter().map(|prefix| format!("\"{prefix}\"")).collect();
     format!(
         "node: {name}\n\
          stateDir: {state}\n\
          runtimeDir: {runtime}\n\
          addresses: auto\n\
          uplinks: [eth0]\n\
-         podPrefixes: [\"{prefix4}\", \"{prefix6}\"]\n\
+         podPrefixes: [{prefixes}]\n\
          protected: [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n\
          exempt: [{exempt}]\n\
          routing: {{ mode: {mode} }}\n\
@@ -358,8 +360,7 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
         name = node.host.name,
         state = node.state().display(),
         runtime = node.runtime().display(),
-        prefix4 = node.prefix4,
-        prefix6 = node.prefix6,
+        prefixes = prefixes.join(", "),
         mode = options.mode,
         nodes = options.nodes,
         backend = options.backend,

@@ -39,5 +39,5 @@ pub use capture::{Capture, Evidence};
 pub use eventually::eventually;
 pub use marker::Markers;
 pub use netns::{Netns, Output};
-pub use topology::{Family, Host, Lab, Node, Topology};
+pub use topology::{Families, Family, Host, Lab, Node, Topology};
 pub use traffic::{Flow, Outcome, Protocol};

@@ -48,12 +48,49 @@ impl Family {
     pub const BOTH: [Family; 2] = [Family::V4, Family::V6];
 }
 
+/// One family of addresses, or both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Families {
+    /// IPv4 alone.
+    V4,
+    /// IPv6 alone.
+    V6,
+    /// Dual stack.
+    Both,
+}
+
+impl Families {
+    /// Whether that one is among them.
+    pub fn has(self, family: Family) -> bool {
+        match self {
+            Families::V4 => family == Family::V4,
+            Families::V6 => family == Family::V6,
+            Families::Both => true,
+        }
+    }
+
+    /// Each of them, IPv4 first.
+    pub fn each(self) -> impl Iterator<Item = Family> {
+        Family::BOTH.into_iter().filter(move |family| self.has(*family))
+    }
+
+    /// Of a value per family, the values of those that are among them.
+    fn pick<T, const N: usize>(self, values: [(Family, T); N]) -> impl Iterator<Item = T> {
+        values
+            .into_iter()
+            .filter(move |(family, _)| self.has(*family))
+            .map(|(_, value)| value)
+    }
+}
+
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct Topology {
     name: String,
     nodes: u8,
     pods: u8,
+    underlay: Families,
+    pod_families: Families,
 }
 
 /// Something with a namespace and an address per family: a pod, a node, the internet.
@@ -63,9 +100,9 @@ pub struct Host {
     pub name: String,
     /// Where it lives.
     pub netns: Netns,
-    /// Its IPv4 address.
+    /// Its IPv4 address; not in use where [`Topology`] leaves that family out.
     pub v4: Ipv4Addr,
-    /// Its IPv6 address.
+    /// Its IPv6 address; not in use where [`Topology`] leaves that family out.
     pub v6: Ipv6Addr,
 }
 
@@ -82,6 +119,8 @@ pub struct Node {
     pub prefix6: Ipv6Net,
     /// Its bridge port in the underlay namespace, where it is captured.
     pub port: String,
+    /// The families its pods have; the underlay's are its own.
+    pub pod_families: Families,
     /// The encryption device its agent shall make; unique on the machine, for its control socket lives in a shared folder.
     pub device: String,
     /// Folder for its state, runtime files, configuration and log.
@@ -109,6 +148,8 @@ pub struct Lab {
     pub folder: PathBuf,
     prefix: String,
     number: u32,
+    underlay_families: Families,
+    pod_families: Families,
 }
 
 impl Topology {
@@ -118,6 +159,8 @@ impl Topology {
             name: name.to_owned(),
             nodes: 3,
             pods: 2,
+            underlay: Families::Both,
+            pod_families: Families::Both,
         }
     }
 
@@ -129,6 +172,16 @@ impl Topology {
     /// Sets how many pods each node has (up to 200).
     pub fn pods(self, pods: u8) -> Topology {
         Topology { pods, ..self }
+    }
+
+    /// Dual stack until told otherwise: the families in which the nodes have addresses.
+    pub fn underlay(self, underlay: Families) -> Topology {
+        Topology { underlay, ..self }
+    }
+
+    /// Dual stack until told otherwise: the families in which the pods have addresses.
+    pub fn pod_families(self, pod_families: Families) -> Topology {
+        Topology { pod_families, ..self }
     }
 
     /// Sweeps what dead labs left, then builds.
@@ -143,7 +196,7 @@ impl Topology {
             remains::complain(&error);
         }
 
-        let mut lab = Lab::empty(&self.name)?;
+        let mut lab = Lab::empty(&self)?;
         for index in 1..=self.nodes {
             let node = lab.build_node(index)?;
             lab.nodes.push(node);
@@ -162,7 +215,7 @@ impl Lab {
     }
 
     /// The underlay and the internet, no node yet.
-    fn empty(name: &str) -> Result<Lab> {
+    fn empty(topology: &Topology) -> Result<Lab> {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
         let prefix = format!("{}{pid}-{number}-", remains::NAMESPACE_PREFIX);
@@ -177,7 +230,7 @@ impl Lab {
         };
         // From here on, an early return removes what was built.
         let lab = Lab {
-            name: name.to_owned(),
+            name: topology.name.clone(),
             nodes: Vec::new(),
             underlay,
             internet,
@@ -185,6 +238,8 @@ impl Lab {
             folder,
             prefix,
             number,
+            underlay_families: topology.underlay,
+            pod_families: topology.pod_families,
         };
 
         remains::register_folder(&lab.folder);
@@ -246,6 +301,7 @@ impl Lab {
             prefix4: Ipv4Net::new_assert(Ipv4Addr::new(10, 244, index, 0), 24),
             // Written in hexadecimal, node 10 is `fd00:10:244:a::/64`.
             prefix6: Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x244, index.into(), 0, 0, 0, 0), 64),
+            pod_families: self.pod_families,
             device: format!("shroud{}-{}{name}", base36(std::process::id()), self.number % 100),
             folder: self.folder.join(&name),
             pins: self.bpf().join(&name),
@@ -266,20 +322,33 @@ impl Lab {
             port = node.port,
             netns = node.host.netns.name(),
         ))?;
-        node.host.netns.batch(&format!(
-            "link set eth0 up\n\
-             address add {}/24 dev eth0\n\
-             address add {}/64 dev eth0 nodad\n\
-             route add default via {} dev eth0\n\
-             route add ::/0 via {} dev eth0\n",
-            node.host.v4, node.host.v6, GATEWAY.0, GATEWAY.1,
-        ))?;
+        let mut commands = String::from("link set eth0 up\n");
+        commands.extend(self.underlay_families.pick([
+            (
+                Family::V4,
+                format!(
+                    "address add {}/24 dev eth0\nroute add default via {} dev eth0\n",
+                    node.host.v4, GATEWAY.0
+                ),
+            ),
+            (
+                Family::V6,
+                format!(
+                    "address add {}/64 dev eth0 nodad\nroute add ::/0 via {} dev eth0\n",
+                    node.host.v6, GATEWAY.1
+                ),
+            ),
+        ]));
+        node.host.netns.batch(&commands)?;
         // The way back for pods that talk to the internet with their own address.
-        self.underlay.batch(&format!(
-            "route add {} via {}\n\
-             route add {} via {}\n",
-            node.prefix4, node.host.v4, node.prefix6, node.host.v6,
-        ))?;
+        let back: String = self
+            .underlay_families
+            .pick([
+                (Family::V4, format!("route add {} via {}\n", node.prefix4, node.host.v4)),
+                (Family::V6, format!("route add {} via {}\n", node.prefix6, node.host.v6)),
+            ])
+            .collect();
+        self.underlay.batch(&back)?;
         Ok(node)
     }
 
@@ -303,16 +372,21 @@ impl Lab {
             v6: Ipv6Addr::from(segments),
         };
 
-        node.host.netns.batch(&format!(
+        let mut commands = format!(
             "link add {device} type veth peer name eth0 netns {netns}\n\
              link set {device} up\n\
-             address add fe80::1/64 dev {device} nodad\n\
-             route add {v4}/32 dev {device} scope link\n\
-             route add {v6}/128 dev {device}\n",
+             address add fe80::1/64 dev {device} nodad\n",
             netns = pod.netns.name(),
-            v4 = pod.v4,
-            v6 = pod.v6,
-        ))?;
+        );
+        commands.extend(self.pod_families.pick([
+            (Family::V4, format!("route add {}/32 dev {device} scope link\n", pod.v4)),
+            (Family::V6, format!("route add {}/128 dev {device}\n", pod.v6)),
+        ]));
+        if !self.underlay_families.has(Family::V4) {
+            // A kernel answers for others only where it has a route to them, and without IPv4 on the underlay there is no default route.
+            commands.push_str(&format!("address add 169.254.1.1/32 dev {device} scope link\n"));
+        }
+        node.host.netns.batch(&commands)?;
         node.host
             .netns
             .set_sysctl(&format!("net.ipv4.conf.{device}.proxy_arp"), "1")?;
@@ -320,15 +394,26 @@ impl Lab {
         node.host
             .netns
             .set_sysctl(&format!("net.ipv4.neigh.{device}.proxy_delay"), "0")?;
-        pod.netns.batch(&format!(
-            "link set eth0 up\n\
-             address add {}/32 dev eth0\n\
-             address add {}/128 dev eth0 nodad\n\
-             route add 169.254.1.1 dev eth0 scope link\n\
-             route add default via 169.254.1.1 dev eth0\n\
-             route add ::/0 via fe80::1 dev eth0\n",
-            pod.v4, pod.v6,
-        ))?;
+        let mut commands = String::from("link set eth0 up\n");
+        commands.extend(self.pod_families.pick([
+            (
+                Family::V4,
+                format!(
+                    "address add {}/32 dev eth0\n\
+                     route add 169.254.1.1 dev eth0 scope link\n\
+                     route add default via 169.254.1.1 dev eth0\n",
+                    pod.v4
+                ),
+            ),
+            (
+                Family::V6,
+                format!(
+                    "address add {}/128 dev eth0 nodad\nroute add ::/0 via fe80::1 dev eth0\n",
+                    pod.v6
+                ),
+            ),
+        ]));
+        pod.netns.batch(&commands)?;
         node.pods.push(pod.clone());
         Ok(pod)
     }
@@ -444,6 +529,15 @@ impl Host {
 }
 
 impl Node {
+    /// The pod prefixes it owns, of the families its pods have.
+    pub fn pod_prefixes(&self) -> Vec<IpNet> {
+        let prefixes = [
+            (Family::V4, IpNet::from(self.prefix4)),
+            (Family::V6, IpNet::from(self.prefix6)),
+        ];
+        self.pod_families.pick(prefixes).collect()
+    }
+
     /// Where the agent keeps its key.
     pub fn state(&self) -> PathBuf {
         self.folder.join("state")

@@ -13,7 +13,9 @@ use crate::kernel::Kernel;
 use crate::program::{MODULES, PROGRAMS, Program};
 
 /// What the lab and the tests look through. The rest of what a shell script may want comes from busybox.
-const TOOLS: [&str; 8] = ["bpftool", "ip", "nsenter", "ping", "ss", "sysctl", "tc", "wg"];
+const TOOLS: [&str; 10] = [
+    "bpftool", "bridge", "ip", "nsenter", "nstat", "ping", "ss", "sysctl", "tc", "wg",
+];
 
 /// Applets of busybox that the guest gets under their own name.
 const APPLETS: [&str; 17] = [

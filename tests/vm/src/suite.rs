@@ -10,9 +10,10 @@ use crate::build::Built;
 use crate::program::Program;
 
 /// Packages whose tests are built.
-pub const PACKAGES: [&str; 5] = [
+pub const PACKAGES: [&str; 6] = [
     "shroud",
     "shroud-ebpf",
+    "shroud-overlay",
     "shroud-routing",
     "shroud-tunnel",
     "shroud-wire",
@@ -57,8 +58,22 @@ pub struct Suite {
 /// One emulated processor carries all nodes: loading the gate takes each agent 4 s instead of 0.2. Stretches the lab's bounds.
 const SLOW: (&str, &str) = ("SHROUD_LAB_PATIENCE", "4");
 
+/// Scenarios that encrypt in the kernel.
+const KERNEL: &[(&str, &str)] = &[("SHROUD_TEST_BACKEND", "kernel"), SLOW];
+
+/// Scenarios that encrypt in `shroud wire`.
+const USERSPACE: &[(&str, &str)] = &[("SHROUD_TEST_BACKEND", "userspace"), SLOW];
+
+/// A cell per mode, together with both families of pods and of underlays.
+const CORE_MATRIX: &[&str] = &[
+    "--test-threads=1",
+    "matrix::native_v4_over_v4",
+    "matrix::vxlan_v6_over_v4",
+    "matrix::geneve_v4_over_v6",
+];
+
 /// All suites, the cheapest failures first.
-pub const SUITES: [Suite; 6] = [
+pub const SUITES: [Suite; 11] = [
     Suite {
         name: "gate",
         source: "ebpf/tests/kernel/main.rs",
@@ -89,6 +104,30 @@ pub const SUITES: [Suite; 6] = [
         seconds: 120,
     },
     Suite {
+        name: "overlay",
+        source: "overlay/tests/kernel.rs",
+        arguments: &["--test-threads=2"],
+        environment: &[],
+        core: false,
+        seconds: 300,
+    },
+    Suite {
+        name: "core matrix, kernel WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: CORE_MATRIX,
+        environment: KERNEL,
+        core: true,
+        seconds: 300,
+    },
+    Suite {
+        name: "core matrix, userspace WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: CORE_MATRIX,
+        environment: USERSPACE,
+        core: true,
+        seconds: 300,
+    },
+    Suite {
         name: "core scenarios, kernel WireGuard",
         source: "agent/tests/scenarios/main.rs",
         arguments: &[
@@ -100,25 +139,41 @@ pub const SUITES: [Suite; 6] = [
             "with_another_nodes_key",
             "with_the_gate_off",
         ],
-        environment: &[("SHROUD_TEST_BACKEND", "kernel"), SLOW],
+        environment: KERNEL,
         core: true,
         seconds: 400,
     },
     Suite {
         name: "scenarios, kernel WireGuard",
         source: "agent/tests/scenarios/main.rs",
-        arguments: &["--test-threads=1", "--skip=wire"],
-        environment: &[("SHROUD_TEST_BACKEND", "kernel"), SLOW],
+        arguments: &["--test-threads=1", "--skip=wire", "--skip=matrix"],
+        environment: KERNEL,
         core: false,
-        seconds: 900,
+        seconds: 1800,
     },
     Suite {
         name: "scenarios, userspace WireGuard",
         source: "agent/tests/scenarios/main.rs",
-        arguments: &["--test-threads=1"],
-        environment: &[("SHROUD_TEST_BACKEND", "userspace"), SLOW],
+        arguments: &["--test-threads=1", "--skip=matrix"],
+        environment: USERSPACE,
         core: false,
-        seconds: 900,
+        seconds: 1800,
+    },
+    Suite {
+        name: "matrix, kernel WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: &["--test-threads=1", "matrix"],
+        environment: KERNEL,
+        core: false,
+        seconds: 1200,
+    },
+    Suite {
+        name: "matrix, userspace WireGuard",
+        source: "agent/tests/scenarios/main.rs",
+        arguments: &["--test-threads=1", "matrix"],
+        environment: USERSPACE,
+        core: false,
+        seconds: 1200,
     },
 ];
 

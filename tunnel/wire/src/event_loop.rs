@@ -172,6 +172,10 @@ impl EventLoop {
     /// Packets from the kernel to the network.
     fn carry_out(&mut self) -> Result<(), Error> {
         let now = Now::read();
+        // Padding ends at the MTU; with one from before it was set, a full packet would be too large for the underlay.
+        if let Ok(mtu) = self.tun.mtu() {
+            self.device.set_mtu(mtu);
+        }
         for _ in 0..BATCH {
             match self.tun.read(&mut self.buffer[..LARGEST_PACKET]) {
                 Ok(Some(length)) => {

@@ -28,7 +28,7 @@ struct Options {
     /// Every suite, not only the core.
     #[arg(long)]
     full: bool,
-    /// Only suites whose name contains this.
+    /// Only the suite of this name, or else those whose name contains it.
     #[arg(long)]
     only: Option<String>,
     /// Only tests whose name contains this.
@@ -54,7 +54,10 @@ fn main() -> Result<ExitCode> {
             && options
                 .only
                 .as_ref()
-                .is_none_or(|only| suite.name.contains(only.as_str()))
+                .is_none_or(|only| match SUITES.iter().any(|suite| suite.name == only) {
+                    true => suite.name == only,
+                    false => suite.name.contains(only.as_str()),
+                })
     };
     match &options.command {
         Some(line) => programs.push(suite::command(line)),

@@ -57,6 +57,9 @@ pub(crate) trait Outbound {
     fn deliver(&mut self, packet: &[u8]);
 }
 
+/// How many peers' timers run in one go. A handshake is begun in some 0.1 ms.
+const PEERS_PER_TICK: usize = 16;
+
 /// A slot in the list of peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct PeerId(usize);
@@ -101,6 +104,8 @@ pub(crate) struct Device {
     by_endpoint: BTreeMap<SocketAddr, PeerId>,
     allowed_ips: AllowedIps<PeerId>,
     next_sweep: Instant,
+    /// Whose timers run next, as a slot.
+    next_tick: usize,
     /// Decrypted packets.
     inner: Vec<u8>,
     /// Datagrams about to be sent.
@@ -120,6 +125,7 @@ impl Device {
             by_endpoint: BTreeMap::new(),
             allowed_ips: AllowedIps::new(),
             next_sweep: now.instant,
+            next_tick: 0,
             inner: vec![0; LARGEST_PACKET + ROOM],
             outer: vec![0; LARGEST_PACKET + ROOM],
         }
@@ -228,20 +234,26 @@ impl Device {
         }
     }
 
-    /// Runs the timers of all peers.
-    pub(crate) fn tick(&mut self, now: Now, out: &mut impl Outbound) {
-        for peer in self.peers.iter_mut().flatten() {
+    /// Runs the timers of some peers, and of others the next time: thousands that begin a handshake at once would keep everything else
+    /// waiting for a second. Answers whether it was the turn of the last.
+    pub(crate) fn tick(&mut self, now: Now, out: &mut impl Outbound) -> bool {
+        let first = self.next_tick.min(self.peers.len());
+        let end = self.peers.len().min(first + PEERS_PER_TICK);
+        for peer in self.peers[first..end].iter_mut().flatten() {
             peer.tick(&mut self.outer, now, out);
             if let Some(index) = peer.retire(now) {
                 self.by_index.remove(&index);
             }
         }
+        let all = end == self.peers.len();
+        self.next_tick = if all { 0 } else { end };
         if now.instant >= self.next_sweep {
             self.next_sweep = now.instant + SWEEP_EVERY;
             if let Some(identity) = &mut self.identity {
                 identity.limit.sweep(now.instant);
             }
         }
+        all
     }
 
     /// Says why a change cannot be made, before anything of it is made.

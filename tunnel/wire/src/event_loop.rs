@@ -21,6 +21,8 @@ use crate::{Error, Options};
 
 /// How often the timers run. WireGuard's shortest is 5 s.
 const TICK: Duration = Duration::from_millis(250);
+/// How long timers may keep packets and requests waiting.
+const MOMENT: Duration = Duration::from_millis(3);
 /// Packets from one door before the others have their turn.
 const BATCH: usize = 64;
 /// Doors that can open at once before epoll has to be asked again.
@@ -163,8 +165,9 @@ impl EventLoop {
                 }
             }
             if Instant::now() >= next_tick {
-                next_tick = Instant::now() + TICK;
-                self.tick()?;
+                // Packets and requests have their turn before the rest of the timers.
+                let all = self.tick()?;
+                next_tick = Instant::now() + if all { TICK } else { Duration::ZERO };
             }
         }
     }
@@ -210,7 +213,9 @@ impl EventLoop {
         }
     }
 
-    fn tick(&mut self) -> Result<(), Error> {
+    /// Runs timers for a moment. Answers whether all have had their turn.
+    fn tick(&mut self) -> Result<bool, Error> {
+        let until = Instant::now() + MOMENT;
         match self.tun.mtu() {
             Ok(mtu) => self.device.set_mtu(mtu),
             Err(error) => return Err(self.device_lost("read the MTU of", error)),
@@ -219,8 +224,14 @@ impl EventLoop {
             tun: &self.tun,
             sockets: &self.sockets,
         };
-        self.device.tick(Now::read(), &mut doors);
-        Ok(())
+        loop {
+            if self.device.tick(Now::read(), &mut doors) {
+                return Ok(true);
+            }
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+        }
     }
 
     fn device_lost(&self, operation: &'static str, source: io::Error) -> Error {

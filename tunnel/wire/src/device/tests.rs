@@ -404,6 +404,18 @@ fn keepalive_begins_a_handshake_at_once_and_speaks_in_silence() {
 }
 
 #[test]
+fn the_timers_of_many_peers_run_in_several_goes() {
+    let mut one = Host::new(1);
+    for number in 2..42 {
+        one.know(number, "");
+    }
+
+    let round: Vec<bool> = (0..6).map(|_| one.device.tick(now(), &mut one.doors)).collect();
+
+    assert_eq!(round, [false, false, true, false, false, true]);
+}
+
+#[test]
 fn a_device_is_not_its_own_peer() {
     let mut one = Host::new(1);
     let own = hex(public(1).as_bytes());

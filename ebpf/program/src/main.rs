@@ -109,6 +109,9 @@ fn egress(ctx: &TcContext, link: Link) -> i32 {
     let mut packet = Packet::NOT_IP;
     read(ctx, link, table.settings, &mut packet);
     let verdict = shroud_gate::egress(&packet, mark(ctx), &table);
+    if verdict.reason == Reason::Tunnel {
+        forbid_fragments(ctx, link);
+    }
     settle(ctx, Direction::Egress, &packet, &verdict)
 }
 
@@ -157,6 +160,33 @@ fn pod(ctx: &TcContext, link: Link) -> i32 {
 #[unsafe(no_mangle)]
 fn read(ctx: &TcContext, link: Link, settings: &Settings, packet: &mut Packet) {
     packet.read(&mut Skb::new(ctx), link, settings);
+}
+
+/// Sets the "don't fragment" bit (RFC 791 §3.1) of an IPv4 packet that is whole, so that a router to whom it is too large says so instead
+/// of cutting it up. Packets of a tunnel that the kernel makes come without. Those that cannot be changed go as they are.
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn forbid_fragments(ctx: &TcContext, link: Link) {
+    const IPV4: [u8; 2] = [0x08, 0x00];
+    const FORBID: u16 = 0x4000;
+    const FORBID_MORE_AND_OFFSET: u16 = 0x7fff;
+    const FIELD: usize = 6;
+    const CHECKSUM: usize = 10;
+    let mut bytes = Skb::new(ctx);
+    let start = match link {
+        Link::Ethernet if bytes.read::<2>(12) == Some(&IPV4) => 14,
+        Link::Ip if matches!(bytes.read::<1>(0), Some([first]) if first >> 4 == 4) => 0,
+        Link::Ethernet | Link::Ip => return,
+    };
+    let Some(&old) = bytes.read::<2>(start + FIELD) else { return };
+    if u16::from_be_bytes(old) & FORBID_MORE_AND_OFFSET != 0 {
+        return;
+    }
+    let new = (u16::from_be_bytes(old) | FORBID).to_be_bytes();
+    let (from, to) = (u16::from_ne_bytes(old), u16::from_ne_bytes(new));
+    if ctx.l3_csum_replace(start + CHECKSUM, u64::from(from), u64::from(to), 2).is_ok() {
+        let _ = ctx.store(start + FIELD, &new, 0);
+    }
 }
 
 /// Counts the verdict and turns it into a return code. Passing is `TC_ACT_UNSPEC` ("go on"), so that programs behind ours still run.

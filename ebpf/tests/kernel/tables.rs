@@ -39,6 +39,7 @@ pub(crate) fn table(mode: Mode) -> Table {
             ("2001:db8::2", 2, NodePath::Open),
             ("203.0.113.1", 1, NodePath::LocalProtected),
             ("203.0.113.2", 2, NodePath::Encrypted),
+            ("203.0.113.22", 2, NodePath::Fenced),
             ("203.0.113.3", 3, NodePath::Fenced),
             ("2001:db8:1::1", 1, NodePath::LocalProtected),
             ("2001:db8:1::2", 2, NodePath::Encrypted),

@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{ErrorKind, Read as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -17,10 +17,13 @@ use std::thread;
 
 use rustix::fs::{Mode as FileMode, OFlags};
 use rustix::ioctl;
-use shroud_ebpf::{Attach, Desired, Gate, Mode, Reason, Table};
+use rustix::net::sockopt::Ipv4PathMtuDiscovery;
+use shroud_ebpf::{Attach, Desired, Gate, Mode, Node, NodePath, Reason, Table};
+use shroud_model::NodeId;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::namespace::{Namespace, PinDirectory, enter, eventually, reconcile, run};
+use crate::packet::{VNI, ethernet, udp, vxlan_of};
 use crate::tables::{prefix, table};
 
 const MARKER: &[u8] = b"cleartext-marker-7f3a";
@@ -184,6 +187,167 @@ fn the_tunnels_own_packets_leave() {
     world.send_unprotected();
     assert!(world.capture_until_unprotected().iter().any(|frame| contains(frame)));
     assert_eq!(world.counted(Reason::Tunnel), 1);
+}
+
+/// The overlay of the mesh goes into the tunnel; one with the same traffic and another VNI goes nowhere.
+#[test]
+fn an_overlay_packet_of_ours_arrives_in_the_encryption_device_and_not_on_the_wire() {
+    for attach in crate::every_means() {
+        for (vni, arrives) in [(VNI, true), (VNI + 1, false)] {
+            let mut world = World::new(attach);
+            world.reconcile(Mode::Enforce);
+            let inside = ethernet(&udp("10.244.1.2", "10.244.2.2", (1, 2), MARKER));
+            let vtep = UdpSocket::bind("192.0.2.1:0").unwrap();
+
+            drop(vtep.send_to(&vxlan_of(vni, &inside), "192.0.2.2:4789"));
+
+            world.send_unprotected();
+            let seen = world.capture_until_unprotected();
+            assert!(
+                !seen.iter().any(|frame| contains(frame)),
+                "{attach:?} {vni}: in the clear"
+            );
+            assert_eq!(world.tun.next().is_ok(), arrives, "{attach:?} {vni}");
+            let reason = if arrives { Reason::Encrypted } else { Reason::Overlay };
+            assert_eq!(world.counted(reason), 1, "{attach:?} {vni}");
+        }
+    }
+}
+
+/// Between nodes whose traffic is protected, only what heals them is on the wire.
+#[test]
+fn a_protected_node_is_reached_through_the_tunnel_but_for_its_open_ports() {
+    for attach in crate::every_means() {
+        let mut world = World::new(attach);
+        let nodes = &mut world.desired.table.nodes;
+        nodes.insert("192.0.2.1".parse().unwrap(), node(1, NodePath::LocalProtected));
+        nodes.insert("192.0.2.2".parse().unwrap(), node(2, NodePath::Encrypted));
+        world.reconcile(Mode::Enforce);
+        let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
+
+        socket.send_to(&[MARKER, b"-closed"].concat(), "192.0.2.2:9").unwrap();
+        socket.send_to(&[MARKER, b"-open"].concat(), "192.0.2.2:53").unwrap();
+
+        let packet = eventually("the packet in the TUN", || world.tun.next());
+        assert!(packet.ends_with(b"-closed"), "{attach:?}");
+        assert!(world.tun.next().is_err(), "{attach:?}");
+        socket.send_to(b"last-of-all", "192.0.2.2:53").unwrap();
+        let seen = world.capture_until_unprotected();
+        // The other end answers by ICMP that nobody listens, and quotes what it got.
+        let is_udp = |frame: &Vec<u8>| frame[23] == 17;
+        let marked: Vec<_> = seen.iter().filter(|frame| contains(frame) && is_udp(frame)).collect();
+        assert!(
+            marked.len() == 1 && marked[0].ends_with(b"-open"),
+            "{attach:?}: {marked:x?}"
+        );
+        assert_eq!(
+            (world.counted(Reason::Encrypted), world.counted(Reason::OpenPort)),
+            (1, 2)
+        );
+    }
+}
+
+/// A peer may carry its own pods' packets, and nobody else's.
+#[test]
+fn out_of_the_tunnel_comes_no_overlay_packet_with_anothers_source() {
+    for attach in crate::every_means() {
+        for (mode, inner, arrives) in [
+            (Mode::Enforce, "10.244.2.2", true),
+            (Mode::Enforce, "10.244.3.2", false),
+            (Mode::Enforce, "198.51.100.1", false),
+            (Mode::Audit, "10.244.3.2", true),
+        ] {
+            let mut world = World::new(attach);
+            world.desired.encryption = Some("shroud0".to_owned());
+            world.reconcile(mode);
+            for device in ["all", "shroud0"] {
+                run(&["sysctl", "-qw", &format!("net.ipv4.conf.{device}.rp_filter=0")]);
+            }
+            let vtep = UdpSocket::bind("192.0.2.1:4789").unwrap();
+            vtep.set_nonblocking(true).unwrap();
+            let inside = ethernet(&udp(inner, "10.244.1.1", (1, 2), MARKER));
+            let mut packet = udp("192.0.2.2", "192.0.2.1", (9, 4789), &vxlan_of(VNI, &inside));
+            let checksum = !sum(&packet[..20]);
+            packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+
+            world.tun.file.write_all(&packet).unwrap();
+
+            let refused = inner != "10.244.2.2";
+            let reason = if refused {
+                Reason::SpoofedSource
+            } else {
+                Reason::Decrypted
+            };
+            eventually("the packet counted", || match world.counted(reason) {
+                1 => Ok(()),
+                other => Err(format!("{other} packets")),
+            });
+            let mut buffer = [0; 200];
+            let received = vtep.recv(&mut buffer).map_err(|error| error.kind());
+            let expected = if arrives {
+                Ok(packet.len() - 28)
+            } else {
+                Err(ErrorKind::WouldBlock)
+            };
+            assert_eq!(received, expected, "{attach:?} {mode:?} {inner}");
+        }
+    }
+}
+
+fn node(number: u64, path: NodePath) -> Node {
+    Node {
+        node: NodeId(number),
+        path,
+    }
+}
+
+/// A router that finds it too large must say so, and not cut it up.
+#[test]
+fn the_tunnels_own_packets_leave_whole() {
+    for attach in crate::every_means() {
+        let mut world = World::new(attach);
+        world.reconcile(Mode::Enforce);
+        // IP_PMTUDISC_DONT: the kernel leaves the bit clear, as it does for a tunnel of its own.
+        let target: std::net::SocketAddr = "192.0.2.2:51820".parse().unwrap();
+        let send = |mark, payload: &[u8]| {
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket
+                .bind(&"192.0.2.1:51820".parse::<std::net::SocketAddr>().unwrap().into())
+                .unwrap();
+            rustix::net::sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT).unwrap();
+            socket.set_mark(mark).unwrap();
+            socket.send_to(payload, &target.into()).unwrap();
+        };
+
+        send(0x10, MARKER);
+        send(0, MARKER);
+        send(0x10, &[MARKER, &[0; 3000]].concat());
+        world.send_unprotected();
+
+        let seen = world.capture_until_unprotected();
+        let headers: Vec<(u16, u16)> = seen
+            .iter()
+            .filter(|frame| frame[12..14] == [8, 0] && frame[23] == 17 && frame[30..34] == [192, 0, 2, 2])
+            .map(|frame| (u16::from_be_bytes([frame[20], frame[21]]), sum(&frame[14..34])))
+            .collect();
+        // The tunnel's; the same without its mark; one that the kernel cut in three; the last of all.
+        let fields: Vec<u16> = headers.iter().map(|(field, _)| *field).collect();
+        assert_eq!(fields[..2], [0x4000, 0], "{attach:?}");
+        assert_eq!(fields[2..5], [0x2000, 0x2000 | 185, 370], "{attach:?}");
+        assert!(
+            headers.iter().all(|(_, sum)| *sum == 0xffff),
+            "{attach:?}: {headers:x?}"
+        );
+    }
+}
+
+/// The ones' complement sum over an IPv4 header: all ones if its checksum is right (RFC 1071).
+fn sum(header: &[u8]) -> u16 {
+    let words = header.as_chunks::<2>().0.iter();
+    let total: u32 = words.map(|word| u32::from(u16::from_be_bytes(*word))).sum();
+    let folded = (total & 0xffff) + (total >> 16);
+    (folded & 0xffff) as u16 + (folded >> 16) as u16
 }
 
 struct World {

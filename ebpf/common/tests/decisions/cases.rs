@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Each node has addresses of its own twice: 192.0.2.N and 2001:db8::N are known and not protected, 203.0.113.N and 2001:db8:1::N are
-//! protected. Node 2's pods are encrypted, so are its protected addresses; node 3's are fenced. Port 6443 of TCP and 53 of UDP stay open.
+//! protected. Node 2's pods are encrypted, so are its protected addresses but for 203.0.113.22; that one and
+//! node 3's are fenced. Port 6443 of TCP and 53 of UDP stay open.
 
 use shroud_gate::Direction::{self, Decrypted as Out, Egress, Ingress};
 use shroud_gate::Reason;
@@ -555,6 +556,18 @@ pub(crate) fn cases() -> Vec<Case> {
             "protected node to a pod's open port",
             tcp("203.0.113.1", "10.244.2.2", (6443, 6443)),
             Redirect,
+            2,
+        ),
+        out(
+            "router solicitation",
+            icmpv6("2001:db8:1::1", "2001:db8:1::2", 133),
+            Pass(OpenPort),
+            2,
+        ),
+        out(
+            "VXLAN to an address of the owner that is shut",
+            udp("192.0.2.1", "203.0.113.22", (1, 4789), &vxlan(&ethernet(&to_peer()))),
+            Drop(Overlay),
             2,
         ),
         out(

@@ -409,6 +409,7 @@ impl Maps {
             ("2001:db8::2", 128, 2, PATH_NONE, flag::NODE),
             ("203.0.113.1", 32, 1, PATH_LOCAL, flag::NODE | flag::PROTECTED),
             ("203.0.113.2", 32, 2, PATH_ENCRYPTED, flag::NODE | flag::PROTECTED),
+            ("203.0.113.22", 32, 2, PATH_FENCED, flag::NODE | flag::PROTECTED),
             ("203.0.113.3", 32, 3, PATH_FENCED, flag::NODE | flag::PROTECTED),
             ("2001:db8:1::1", 128, 1, PATH_LOCAL, flag::NODE | flag::PROTECTED),
             ("2001:db8:1::2", 128, 2, PATH_ENCRYPTED, flag::NODE | flag::PROTECTED),

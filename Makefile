@@ -1,12 +1,13 @@
 # The front door. Each goal installs what it lacks and says so; a second run is quick.
 
-.PHONY: help demo test test-vm ebpf build
+.PHONY: help demo test test-vm support ebpf build
 
 help:
 	@echo "make demo          three nodes on this machine, every pod byte encrypted, proven on the wire"
 	@echo "make demo KEEP=1   the same, left running, with hints for looking around"
 	@echo "make test          everything that must hold before a change lands"
 	@echo "make test-vm       the kernel tests and scenarios on Linux 6.1 and 6.12, in an emulator (FULL=1: all of them)"
+	@echo "make support       writes docs/support.md from the latest make test-vm FULL=1"
 	@echo "make ebpf          rebuilds the gate's BPF object (nightly Rust, LLVM)"
 	@echo "make build         target/release/shroud"
 
@@ -24,6 +25,9 @@ test:
 
 test-vm:
 	@FULL=$(FULL) scripts/test-vm.sh
+
+support:
+	@scripts/test-vm.sh --support
 
 ebpf:
 	@ebpf/build.sh

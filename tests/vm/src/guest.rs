@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::archive::Archive;
 use crate::console::{Event, Source, event};
@@ -31,10 +31,12 @@ pub struct Patience {
 }
 
 /// What became of a guest.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// The kernel's own name of its version.
     pub release: String,
+    /// The day it was started, as in 2026-11-24 (UTC).
+    pub date: String,
     /// What ran, in order.
     pub programs: Vec<Ran>,
     /// Why the guest as a whole failed; empty when it did not.
@@ -44,7 +46,7 @@ pub struct Report {
 }
 
 /// What became of a program.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ran {
     /// Its name.
     pub name: String,
@@ -115,7 +117,7 @@ pub fn run(kernel: &Kernel, archive: &Archive, log: &Path, patience: Patience) -
     follow(Source::Programs, programs, sender);
 
     let log_file = File::create(log).with_context(|| format!("create {}", log.display()))?;
-    let mut watch = Watch::new(kernel, BufWriter::new(log_file), patience);
+    let mut watch = Watch::new(kernel, today()?, BufWriter::new(log_file), patience);
     loop {
         match lines.recv_timeout(watch.wait()) {
             Ok((source, line)) => watch
@@ -164,6 +166,14 @@ fn start(kernel: &Kernel, initramfs: &Path) -> Result<Emulator> {
     Ok(Emulator(child))
 }
 
+fn today() -> Result<String> {
+    let output = Command::new("date")
+        .args(["-u", "+%F"])
+        .output()
+        .context("start date")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
 /// Reads lines until the emulator closes its end.
 fn follow(source: Source, stream: impl Read + Send + 'static, lines: Sender<(Source, String)>) {
     thread::spawn(move || {
@@ -190,7 +200,7 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(kernel: &Kernel, log: BufWriter<File>, patience: Patience) -> Self {
+    fn new(kernel: &Kernel, today: String, log: BufWriter<File>, patience: Patience) -> Self {
         let now = Instant::now();
         Self {
             name: kernel.name.clone(),
@@ -202,6 +212,7 @@ impl Watch {
             ended: None,
             report: Report {
                 release: kernel.release.clone(),
+                date: today,
                 programs: Vec::new(),
                 failures: Vec::new(),
                 seconds: 0.0,

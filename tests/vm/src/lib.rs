@@ -24,3 +24,4 @@ pub mod image;
 pub mod kernel;
 pub mod program;
 pub mod suite;
+pub mod support;

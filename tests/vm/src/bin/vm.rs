@@ -15,6 +15,7 @@ use shroud_vm::image::Image;
 use shroud_vm::kernel::Kernel;
 use shroud_vm::program::Program;
 use shroud_vm::suite::{self, MODULES, PACKAGES, SUITES, Suite};
+use shroud_vm::support;
 
 /// Runs the kernel tests and scenarios on other kernels.
 #[derive(Debug, Parser)]
@@ -40,6 +41,9 @@ struct Options {
     /// Runs this command line in the guest, and no suite.
     #[arg(long)]
     command: Option<String>,
+    /// Boots nothing, and writes docs/support.md from the latest reports.
+    #[arg(long)]
+    support: bool,
     /// How many seconds a guest may take.
     #[arg(long, default_value_t = 2400)]
     within: u64,
@@ -47,6 +51,9 @@ struct Options {
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
+    if options.support {
+        return write_support(&options.names);
+    }
     let built = build::tests(&PACKAGES)?;
     let mut programs = Vec::new();
     let wanted = |suite: &&Suite| {
@@ -105,6 +112,20 @@ fn main() -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Writes the table of what runs where.
+fn write_support(names: &[String]) -> Result<ExitCode> {
+    let mut reports = Vec::new();
+    for name in names {
+        let path = workspace().join("target/vm").join(format!("{name}.json"));
+        let json =
+            fs::read(&path).with_context(|| format!("read {}; make test-vm FULL=1 writes it", path.display()))?;
+        reports.push(serde_json::from_slice(&json).with_context(|| format!("understand {}", path.display()))?);
+    }
+    let page = workspace().join("docs/support.md");
+    fs::write(&page, support::page(&reports)).with_context(|| format!("write {}", page.display()))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Finds a kernel, and packs what its guest needs.

@@ -1,6 +1,6 @@
 # The front door. Each goal installs what it lacks and says so; a second run is quick.
 
-.PHONY: help demo test test-vm support ebpf build
+.PHONY: help demo test test-vm support bench-peers ebpf build
 
 help:
 	@echo "make demo          three nodes on this machine, every pod byte encrypted, proven on the wire"
@@ -8,6 +8,7 @@ help:
 	@echo "make test          everything that must hold before a change lands"
 	@echo "make test-vm       the kernel tests and scenarios on Linux 6.1 and 6.12, in an emulator (FULL=1: all of them)"
 	@echo "make support       writes docs/support.md from the latest make test-vm FULL=1"
+	@echo "make bench-peers   what 5,000 peers take: time and memory (docs/bench/peers.md)"
 	@echo "make ebpf          rebuilds the gate's BPF object (nightly Rust, LLVM)"
 	@echo "make build         target/release/shroud"
 
@@ -28,6 +29,10 @@ test-vm:
 
 support:
 	@scripts/test-vm.sh --support
+
+bench-peers:
+	@scripts/setup.sh demo
+	@cargo bench --locked --package shroud-tunnel --bench peers
 
 ebpf:
 	@ebpf/build.sh

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use shroud_model::{Prefix, PresharedKey, PrivateKey, PublicKey};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
 /// The longest line, without its end. The longest meaningful one, `preshared_key=` and 64 digits, has 78 bytes.
 pub const LONGEST_LINE: usize = 128;
@@ -352,16 +352,14 @@ impl Answer {
     }
 
     fn key(&mut self, name: &str, key: &[u8; 32]) {
+        let mut digits = Zeroizing::new([0; 64]);
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(key) {
+            pair[0] = b"0123456789abcdef"[usize::from(byte >> 4)];
+            pair[1] = b"0123456789abcdef"[usize::from(byte & 15)];
+        }
         self.write(name.as_bytes());
         self.write(b"=");
-        for byte in key {
-            let mut pair = [
-                b"0123456789abcdef"[usize::from(byte >> 4)],
-                b"0123456789abcdef"[usize::from(byte & 15)],
-            ];
-            self.write(&pair);
-            pair.zeroize();
-        }
+        self.write(&*digits);
         self.write(b"\n");
     }
 

@@ -189,6 +189,8 @@ mod tests {
 
         assert_eq!(sequence(&reply, REPLY_V4, [7; 8]), Some(0x0102));
         assert_eq!(sequence(&reply, REPLY_V4, [8; 8]), None, "somebody else's");
+        let same_identifier = [7, 7, 8, 8, 8, 8, 8, 8];
+        assert_eq!(sequence(&reply, REPLY_V4, same_identifier), None, "somebody else's");
         assert_eq!(sequence(&reply[..12], REPLY_V4, [7; 8]), None, "too short");
         reply[0] = REQUEST_V4;
         assert_eq!(sequence(&reply, REPLY_V4, [7; 8]), None, "a request");

@@ -51,7 +51,7 @@ pub struct Suite {
     environment: &'static [(&'static str, &'static str)],
     /// Whether it belongs to the short run.
     pub core: bool,
-    /// How long it may take.
+    /// How long it may take before it counts as hung: several times what it needs, as the guests share the machine with whatever runs there.
     seconds: u64,
 }
 
@@ -80,7 +80,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=2"],
         environment: &[],
         core: true,
-        seconds: 300,
+        seconds: 900,
     },
     Suite {
         name: "routing",
@@ -88,7 +88,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=2"],
         environment: &[],
         core: true,
-        seconds: 120,
+        seconds: 300,
     },
     Suite {
         name: "tunnel",
@@ -101,7 +101,7 @@ pub const SUITES: [Suite; 11] = [
         ],
         environment: &[],
         core: true,
-        seconds: 120,
+        seconds: 300,
     },
     Suite {
         name: "overlay",
@@ -109,7 +109,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=2"],
         environment: &[],
         core: false,
-        seconds: 300,
+        seconds: 600,
     },
     Suite {
         name: "core matrix, kernel WireGuard",
@@ -117,7 +117,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: CORE_MATRIX,
         environment: KERNEL,
         core: true,
-        seconds: 300,
+        seconds: 900,
     },
     Suite {
         name: "core matrix, userspace WireGuard",
@@ -126,7 +126,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=1", "matrix::geneve_v4_over_v6"],
         environment: USERSPACE,
         core: true,
-        seconds: 300,
+        seconds: 600,
     },
     Suite {
         name: "core scenarios, kernel WireGuard",
@@ -142,7 +142,7 @@ pub const SUITES: [Suite; 11] = [
         ],
         environment: KERNEL,
         core: true,
-        seconds: 400,
+        seconds: 900,
     },
     Suite {
         name: "scenarios, kernel WireGuard",
@@ -150,7 +150,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=1", "--skip=wire", "--skip=matrix"],
         environment: KERNEL,
         core: false,
-        seconds: 1800,
+        seconds: 3000,
     },
     Suite {
         name: "scenarios, userspace WireGuard",
@@ -158,7 +158,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=1", "--skip=matrix"],
         environment: USERSPACE,
         core: false,
-        seconds: 1800,
+        seconds: 3000,
     },
     Suite {
         name: "matrix, kernel WireGuard",
@@ -166,7 +166,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=1", "matrix"],
         environment: KERNEL,
         core: false,
-        seconds: 1200,
+        seconds: 2400,
     },
     Suite {
         name: "matrix, userspace WireGuard",
@@ -174,7 +174,7 @@ pub const SUITES: [Suite; 11] = [
         arguments: &["--test-threads=1", "matrix"],
         environment: USERSPACE,
         core: false,
-        seconds: 1200,
+        seconds: 2400,
     },
 ];
 

@@ -45,7 +45,7 @@ struct Options {
     #[arg(long)]
     support: bool,
     /// How many seconds a guest may take.
-    #[arg(long, default_value_t = 2400)]
+    #[arg(long, default_value_t = 12_000)]
     within: u64,
 }
 

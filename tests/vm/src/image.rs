@@ -13,14 +13,14 @@ use crate::kernel::Kernel;
 use crate::program::{MODULES, PROGRAMS, Program};
 
 /// What the lab and the tests look through. The rest of what a shell script may want comes from busybox.
-const TOOLS: [&str; 10] = [
-    "bpftool", "bridge", "ip", "nsenter", "nstat", "ping", "ss", "sysctl", "tc", "wg",
+const TOOLS: [&str; 11] = [
+    "bpftool", "bridge", "ip", "nft", "nsenter", "nstat", "ping", "ss", "sysctl", "tc", "wg",
 ];
 
 /// Applets of busybox that the guest gets under their own name.
-const APPLETS: [&str; 17] = [
-    "cat", "dmesg", "env", "false", "free", "grep", "head", "install", "ls", "lsmod", "mount", "ps", "sh", "sleep",
-    "tail", "true", "uname",
+const APPLETS: [&str; 16] = [
+    "cat", "dmesg", "env", "false", "free", "grep", "head", "install", "ls", "lsmod", "mount", "ps", "sleep", "tail",
+    "true", "uname",
 ];
 
 /// An archive in the making.
@@ -50,6 +50,8 @@ impl Image {
 
         let init = env::current_exe().context("find this program")?.with_file_name("init");
         image.program_as(&init, Path::new("/init"))?;
+        // Not busybox's: that shell prefers its own `ip` to the one in PATH.
+        image.program_as(&tool("dash")?, Path::new("/bin/sh"))?;
         let busybox = tool("busybox")?;
         image.program_as(&busybox, Path::new("/bin/busybox"))?;
         for applet in APPLETS {

@@ -20,7 +20,7 @@ pub const PACKAGES: [&str; 6] = [
 ];
 
 /// Modules that the tests' devices, filters and tunnels need; those they depend on come by themselves.
-pub const MODULES: [&str; 15] = [
+pub const MODULES: [&str; 17] = [
     "bridge",
     "veth",
     "tun",
@@ -36,6 +36,9 @@ pub const MODULES: [&str; 15] = [
     "xfrm_interface",
     "8021q",
     "inet_diag",
+    // libcrc32c, which nf_tables needs, asks for it as a soft dependency.
+    "crc32c_generic",
+    "nf_tables",
 ];
 
 /// A test binary and how it is run.

@@ -21,14 +21,12 @@ stage() {
 [ "$(id -u)" -eq 0 ] || { echo "test: the namespace scenarios need root: run 'sudo make test'" >&2; exit 1; }
 
 stage setup scripts/setup.sh test
-stage setup-emulator scripts/setup.sh vm
 stage format cargo fmt --all --check
 stage lint cargo clippy --workspace --all-targets --locked -- -D warnings
 stage documentation env RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items --locked --quiet
 stage dependencies cargo deny --log-level error check bans licenses sources
 stage gate-object ebpf/build.sh --check
 stage tests cargo test --workspace --locked --no-fail-fast -- --test-threads=2
-stage kernels scripts/test-vm.sh
 stage demo make --no-print-directory demo
 
 printf '\nall green in %d s\n' $((SECONDS - started))

@@ -66,7 +66,7 @@ impl fmt::Display for Place {
             Self::PeerPod(node) => write!(f, "a pod of peer {node}"),
             Self::RefusedPod(node, reasons) => write!(f, "a pod of node {node}, which is refused ({reasons})"),
             Self::UnknownPod => f.write_str("inside the protected ranges, but no node of the mesh owns it"),
-            Self::Peer(node) => write!(f, "peer {node} itself, not protected"),
+            Self::Peer(node) => write!(f, "peer {node} itself"),
             Self::Outside => f.write_str("outside the mesh, not protected"),
         }
     }
@@ -267,7 +267,7 @@ fn arriving(
         Err(reason) => return (Outcome::Dropped, reason),
         Ok(verdict) => verdict,
     };
-    if let Place::PeerPod(node) = from
+    if let Place::PeerPod(node) | Place::Peer(node) = from
         && in_the_clear.0 == Action::Drop
     {
         return match owner(knowledge, source) {

@@ -67,6 +67,17 @@ fn everything_is_encrypted(name: &str, mode: &str) -> Result<()> {
     all_flows_work(&mesh, mesh.lab.pod("a0"), mesh.lab.pod("c1"))?;
 
     nothing_leaked(capture)?;
+    let addresses = ["a", "b"].map(|name| node(&mesh, name).v4.to_string());
+    for (asked, says) in [
+        ("a", "it leaves this node encrypted for b"),
+        ("b", "it arrives encrypted from a, or not at all"),
+    ] {
+        let explained = mesh.json(asked, &["explain", &addresses[0], &addresses[1]])?;
+        ensure!(
+            explained["outcome"] == "encrypted" && explained["because"] == says,
+            "{explained:#}"
+        );
+    }
     Ok(())
 }
 
@@ -98,9 +109,9 @@ fn traffic_of_nodes_is_in_the_clear_until_both_ask() -> Result<()> {
     Ok(())
 }
 
-/// A connection to a port, both ways a line of text: the way a node's own programs would.
-fn answers(mesh: &Mesh, from: &Host, to: &Host, port: u16) -> Outcome {
-    Flow::new(Protocol::Tcp, Family::V4, from, to)
+/// A question to a port and its answer: the way a node's own programs would.
+fn answers(mesh: &Mesh, protocol: Protocol, from: &Host, to: &Host, port: u16) -> Outcome {
+    Flow::new(protocol, Family::V4, from, to)
         .sizes(&[1000])
         .port(port)
         .patience(Duration::from_secs(3))
@@ -118,13 +129,18 @@ fn a_node_that_lost_everything_reaches_the_api_server_and_comes_back() -> Result
     a.host.netns.check(SHROUD, &["cleanup", "--config", &config])?;
     fs::remove_dir_all(a.state())?;
 
-    for port in [6443, 53, 22] {
-        let outcome = answers(&mesh, &a.host, node(&mesh, "b"), port);
+    for (protocol, port) in [
+        (Protocol::Tcp, 6443),
+        (Protocol::Udp, 53),
+        (Protocol::Tcp, 53),
+        (Protocol::Tcp, 22),
+    ] {
+        let outcome = answers(&mesh, protocol, &a.host, node(&mesh, "b"), port);
         ensure!(outcome.ok(), "a is cut off from port {port}: {outcome:?}");
-        let outcome = answers(&mesh, node(&mesh, "b"), &a.host, port);
+        let outcome = answers(&mesh, protocol, node(&mesh, "b"), &a.host, port);
         ensure!(outcome.ok(), "a cannot be reached on port {port}: {outcome:?}");
     }
-    let outcome = answers(&mesh, &a.host, node(&mesh, "b"), 8080);
+    let outcome = answers(&mesh, Protocol::Tcp, &a.host, node(&mesh, "b"), 8080);
     ensure!(!outcome.ok(), "b believed what came in the clear: {outcome:?}");
 
     *mesh.agent_mut("a") = Agent::start(&a, &with(true))?;

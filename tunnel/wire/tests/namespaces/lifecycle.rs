@@ -68,6 +68,9 @@ fn killed_and_started_again_it_carries_traffic_within_two_seconds_and_nothing_of
     assert_eq!(look(), before);
 }
 
+/// The exit code by which the agent knows that another name is needed.
+const DEVICE_TAKEN: i32 = 4;
+
 #[test]
 fn a_second_instance_is_refused() {
     let lab = Lab::new(1);
@@ -79,7 +82,7 @@ fn a_second_instance_is_refused() {
     assert!(complaint.contains("already running"), "{complaint}");
 
     let (code, complaint) = refusal(one.node, &[&one.device, elsewhere.path().to_str().unwrap()]);
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(DEVICE_TAKEN));
     assert!(complaint.contains("another process holds this device"), "{complaint}");
     one.show("public-key");
 }
@@ -93,7 +96,7 @@ fn a_foreign_device_is_left_alone() {
 
     let (code, complaint) = refusal(node, &["wforeign", sockets.path().to_str().unwrap()]);
 
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(DEVICE_TAKEN));
     assert!(complaint.contains("not a TUN device of ours"), "{complaint}");
     assert!(node.ip("-d link show wforeign").contains("bridge"));
     assert_eq!(fs::read_dir(sockets.path()).unwrap().count(), 0);

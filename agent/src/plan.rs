@@ -459,9 +459,10 @@ fn smallest_tunnel_mtu(facts: &Facts, uplinks: &BTreeSet<String>) -> Mtu {
     smallest.unwrap_or(Mtu::ETHERNET).inside_wireguard(Family::V6)
 }
 
-/// The route to a peer's pods: through the overlay where one leads there, else the way the kernel reaches the node itself, so that the uplink's gate sees the packet and turns it into the
-/// encryption device. The next hop is the node's own or the gateway before it, of the prefix's family; an IPv4 prefix may also go over an
-/// IPv6 next hop (RFC 5549). Where none is to be had, the encryption device itself is the way.
+/// The route to a peer's pods: through the overlay where one leads there, else the way the kernel reaches the node itself, so that the
+/// uplink's gate sees the packet and turns it into the encryption device. The next hop is the node's own or the gateway before it, of the
+/// prefix's family; an IPv4 prefix may also go over an IPv6 next hop (RFC 5549). Where none is to be had, the encryption device itself is
+/// the way.
 fn route_to(
     prefix: Prefix,
     node: &NodeName,

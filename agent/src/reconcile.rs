@@ -120,6 +120,15 @@ struct Report {
     failures: Vec<Problem>,
 }
 
+/// How a round over the overlay's devices went.
+#[derive(Default)]
+struct OverlayRound {
+    /// Whether any change was tried.
+    tried: bool,
+    /// Whether anything is left to do.
+    left: bool,
+}
+
 impl Report {
     /// Takes note of one change and how it went.
     fn note(&mut self, driver: Driver, change: &impl Display, result: Result<(), anyhow::Error>) {
@@ -288,19 +297,19 @@ impl Reconciler {
         let plan = self.plan(snapshot, &surroundings);
         self.ensure_gate(&plan.gate, report);
         let tunnel_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
-        let overlay_changed = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
-        if !tunnel_changed && !overlay_changed {
+        let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
+        if !tunnel_changed && !overlay.tried {
             self.ensure_routing(&plan.routing, report);
-            self.ensure_overlay(&plan.overlay, &|_| true, report);
+            self.finish_overlay(&plan.overlay, &overlay, report);
             return Ok((plan, surroundings));
         }
         let surroundings = self.look(snapshot)?;
         let plan = self.plan(snapshot, &surroundings);
         // The gate first: nothing that a new device decrypts goes on unseen.
         self.ensure_gate(&plan.gate, report);
-        self.ensure_overlay(&plan.overlay, &is_no_removal, report);
+        let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         self.ensure_routing(&plan.routing, report);
-        self.ensure_overlay(&plan.overlay, &|_| true, report);
+        self.finish_overlay(&plan.overlay, &overlay, report);
         Ok((plan, surroundings))
     }
 
@@ -413,34 +422,47 @@ impl Reconciler {
         !changes.is_empty()
     }
 
-    /// Does those changes that are `wanted` now. Answers whether any was tried.
+    /// Does those changes that are `wanted` now.
     fn ensure_overlay(
         &mut self,
         desired: &shroud_overlay::Desired,
         wanted: &dyn Fn(&shroud_overlay::Change) -> bool,
         report: &mut Report,
-    ) -> bool {
+    ) -> OverlayRound {
+        let mut round = OverlayRound::default();
         let observed = match self.overlay.observe() {
             Ok(observed) => observed,
             Err(error) => {
                 report.fail(Driver::Overlay, &error.into());
-                return false;
+                round.left = true;
+                return round;
             }
         };
-        let mut tried = false;
-        for change in shroud_overlay::diff(desired, &observed)
-            .iter()
-            .filter(|change| wanted(change))
-        {
-            tried = true;
-            let result = self.overlay.apply(change).map_err(Into::into);
-            report.note(Driver::Overlay, change, result);
+        for change in shroud_overlay::diff(desired, &observed) {
+            if !wanted(&change) {
+                round.left = true;
+                continue;
+            }
+            round.tried = true;
+            let result = self.overlay.apply(&change).map_err(Into::into);
+            round.left |= result.is_err();
+            report.note(Driver::Overlay, &change, result);
         }
-        tried
+        round
+    }
+
+    /// Does what an earlier round left; most passes leave nothing, and need not read the overlay again.
+    fn finish_overlay(&mut self, desired: &shroud_overlay::Desired, earlier: &OverlayRound, report: &mut Report) {
+        if earlier.left {
+            self.ensure_overlay(desired, &|_| true, report);
+        }
     }
 
     /// Tells the container runtime how to attach pods, once what they send is guarded: a runtime starts pods as soon as the file is there.
     fn ensure_cni(&mut self, plan: &Plan, report: &mut Report) {
+        if !self.config.cni.install {
+            return;
+        }
         let guarded = self.gate.observe().is_ok_and(|observed| {
             let uplinks = &plan.gate.uplinks;
             !uplinks.is_empty()
@@ -448,7 +470,7 @@ impl Reconciler {
                 && uplinks.is_subset(&attached_at(&observed, Hook::Egress))
                 && uplinks.is_subset(&attached_at(&observed, Hook::Ingress))
         });
-        if !self.config.cni.install || !guarded {
+        if !guarded {
             return;
         }
         match self.config.cni.ensure(&cni::conflist(&self.config, plan)) {

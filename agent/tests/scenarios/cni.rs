@@ -222,13 +222,7 @@ fn pods_attached_by_the_list_are_encrypted(name: &str, plugin: &str) -> Result<(
         for protocol in Protocol::ALL {
             for family in Family::BOTH {
                 let outcome = mesh.send(protocol, family, &from.host, &to.host);
-                ensure!(
-                    outcome.ok(),
-                    "{}: {:?}\n{}",
-                    outcome.flow,
-                    outcome.error,
-                    mesh.lab.dump()
-                );
+                mesh.arrived(&outcome)?;
             }
         }
     }

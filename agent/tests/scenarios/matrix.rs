@@ -32,13 +32,7 @@ fn every_flow(mesh: &Mesh, pods: Families) -> Result<()> {
             for family in pods.each() {
                 for protocol in Protocol::ALL {
                     let outcome = mesh.send(protocol, family, from, to);
-                    ensure!(
-                        outcome.ok(),
-                        "{}: {:?}\n{}",
-                        outcome.flow,
-                        outcome.error,
-                        mesh.lab.dump()
-                    );
+                    mesh.arrived(&outcome)?;
                 }
             }
         }

@@ -91,18 +91,24 @@ impl Mesh {
             .run(&self.lab.markers)
     }
 
+    /// Insists that a flow arrived, and shows the whole lab where it did not.
+    pub(crate) fn arrived(&self, outcome: &Outcome) -> Result<()> {
+        ensure!(
+            outcome.ok(),
+            "{}: {:?}\n{}",
+            outcome.flow,
+            outcome.error,
+            self.lab.dump()
+        );
+        Ok(())
+    }
+
     /// Sends every kind of flow between the first pods of two nodes, and insists that they arrive.
     pub(crate) fn all_flows_work(&self, from: &str, to: &str) -> Result<()> {
         for protocol in Protocol::ALL {
             for family in Family::BOTH {
                 let outcome = self.send(protocol, family, self.lab.pod(from), self.lab.pod(to));
-                ensure!(
-                    outcome.ok(),
-                    "{}: {:?}\n{}",
-                    outcome.flow,
-                    outcome.error,
-                    self.lab.dump()
-                );
+                self.arrived(&outcome)?;
             }
         }
         Ok(())

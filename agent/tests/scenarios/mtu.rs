@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use shroud_lab::traffic::pulse::Pulse;
-use shroud_lab::{AgentOptions, Family, Flow, Protocol, Status};
+use shroud_lab::{Family, Flow, Protocol, Status};
 
-use crate::mesh::{Mesh, SHROUD, nothing_leaked};
+use crate::mesh::{Mesh, nothing_leaked};
+use crate::overlay::{all_healthy_in, with};
 
 /// The headers before an echo request's or a datagram's payload: IPv4 20 or IPv6 40, and 8.
 const fn headers(family: Family) -> usize {
@@ -17,18 +18,8 @@ const fn headers(family: Family) -> usize {
 }
 
 fn started(name: &str, nodes: u8, mode: &str) -> Result<Mesh> {
-    let options = AgentOptions {
-        mode: mode.to_owned(),
-        ..AgentOptions::new(SHROUD)
-    };
-    let mesh = Mesh::started(name, nodes, &options)?;
-    mesh.all_healthy()?;
-    for agent in &mesh.agents {
-        let what = format!("{} sends in {mode}", agent.node().host.name);
-        mesh.eventually(&what, Duration::from_secs(20), agent, |status| {
-            mesh.is_healthy(status) && (0..usize::from(nodes) - 1).all(|peer| status.raw["peers"][peer]["mode"] == mode)
-        })?;
-    }
+    let mesh = Mesh::started(name, nodes, &with(mode))?;
+    all_healthy_in(&mesh, mode)?;
     Ok(mesh)
 }
 
@@ -44,13 +35,7 @@ fn sweep(mesh: &Mesh, mtu: u32) -> Result<()> {
                 .sizes(&sizes)
                 .patience(Duration::from_secs(20));
             let outcome = flow.run(&mesh.lab.markers);
-            ensure!(
-                outcome.ok(),
-                "{}: {:?}\n{}",
-                outcome.flow,
-                outcome.error,
-                mesh.lab.dump()
-            );
+            mesh.arrived(&outcome)?;
         }
         for size in (mtu - 32..=mtu + 32).step_by(16) {
             let outcome = Flow::new(Protocol::Tcp, family, from, to)

@@ -41,13 +41,7 @@ fn all_flows_work(mesh: &Mesh, one: &Host, other: &Host) -> Result<()> {
         for family in Family::BOTH {
             for (from, to) in [(one, other), (other, one)] {
                 let outcome = mesh.send(protocol, family, from, to);
-                ensure!(
-                    outcome.ok(),
-                    "{}: {:?}\n{}",
-                    outcome.flow,
-                    outcome.error,
-                    mesh.lab.dump()
-                );
+                mesh.arrived(&outcome)?;
             }
         }
     }

@@ -50,6 +50,12 @@ fn mesh(mode: &str) -> Result<Option<Mesh>> {
     if mode != "native" && !has(&mesh.lab, mode)? {
         return Ok(None);
     }
+    all_healthy_in(&mesh, mode)?;
+    Ok(Some(mesh))
+}
+
+/// Waits until each agent says that everything is well, and sends to all peers in this mode.
+pub(crate) fn all_healthy_in(mesh: &Mesh, mode: &str) -> Result<()> {
     mesh.all_healthy()?;
     for agent in &mesh.agents {
         let what = format!("{} sends in {mode}", agent.node().host.name);
@@ -57,7 +63,7 @@ fn mesh(mode: &str) -> Result<Option<Mesh>> {
             mesh.is_healthy(status) && reached_by(status, mode)
         })?;
     }
-    Ok(Some(mesh))
+    Ok(())
 }
 
 fn carries_everything_encrypted(mode: &str) -> Result<()> {

@@ -237,38 +237,36 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
 }
 
 fn diff_peers(desired: &Desired, device: &Device, now: SystemTime, changes: &mut Vec<Change>) {
-    let peers: BTreeMap<&PublicKey, &Peer> = desired
-        .peers
-        .iter()
-        .filter(|(key, _)| **key != desired.public_key)
-        .collect();
-    let mut owners: BTreeMap<Prefix, PublicKey> = BTreeMap::new();
-    for (key, peer) in &peers {
-        for prefix in &peer.allowed_ips {
-            owners.entry(*prefix).or_insert(**key);
-        }
-    }
-    let mut ranges: BTreeMap<PublicKey, BTreeSet<Prefix>> = BTreeMap::new();
-    for (prefix, key) in &owners {
-        ranges.entry(*key).or_default().insert(*prefix);
-    }
+    let peers = || desired.peers.iter().filter(|(key, _)| **key != desired.public_key);
+    let owners = Owners::new(peers());
 
-    for (key, peer) in &peers {
-        let wanted = ranges.remove(key).unwrap_or_default();
-        match device.peers.get(key) {
+    // Both sides are sorted by key: one walk over them, since thousands of look-ups are what a pass without a change would consist of.
+    let mut observed = device.peers.iter().peekable();
+    let mut known = Vec::with_capacity(desired.peers.len());
+    let mut surplus = Vec::new();
+    for (key, peer) in peers() {
+        while let Some((found, _)) = observed.next_if(|(found, _)| *found < key) {
+            surplus.push(*found);
+        }
+        match observed.next_if(|(found, _)| *found == key) {
             None => changes.push(Change::AddPeer {
-                peer: **key,
+                peer: *key,
                 endpoint: peer.endpoint,
-                allowed_ips: wanted,
+                allowed_ips: owners.ranges(key, peer).collect(),
             }),
-            Some(found) => diff_peer(**key, peer, &wanted, found, now, changes),
+            Some((_, found)) => {
+                diff_peer(*key, peer, &owners, found, now, changes);
+                known.push((key, peer, found));
+            }
         }
     }
-    for (key, found) in device.peers.iter().filter(|(key, _)| peers.contains_key(key)) {
+    surplus.extend(observed.map(|(found, _)| *found));
+
+    for (key, peer, found) in known {
         let orphaned: BTreeSet<Prefix> = found
             .allowed_ips
             .iter()
-            .filter(|prefix| !owners.contains_key(prefix))
+            .filter(|prefix| !peer.allowed_ips.contains(prefix) && !owners.contains(prefix))
             .copied()
             .collect();
         if !orphaned.is_empty() {
@@ -278,14 +276,46 @@ fn diff_peers(desired: &Desired, device: &Device, now: SystemTime, changes: &mut
             });
         }
     }
-    let surplus = device.peers.keys().filter(|key| !peers.contains_key(key));
-    changes.extend(surplus.map(|key| Change::RemovePeer { peer: *key }));
+    changes.extend(surplus.into_iter().map(|peer| Change::RemovePeer { peer }));
+}
+
+/// Which peer has a range. Of several that are to have the same one, the first by key has it.
+struct Owners<'a> {
+    /// By prefix, then by key.
+    sorted: Vec<(&'a Prefix, &'a PublicKey)>,
+    /// What a peer is to have, but another one has; hardly ever anything.
+    lost: BTreeSet<(&'a PublicKey, &'a Prefix)>,
+}
+
+impl<'a> Owners<'a> {
+    fn new(peers: impl Iterator<Item = (&'a PublicKey, &'a Peer)>) -> Self {
+        let mut sorted: Vec<_> = peers
+            .flat_map(|(key, peer)| peer.allowed_ips.iter().map(move |prefix| (prefix, key)))
+            .collect();
+        sorted.sort_unstable();
+        let lost = sorted
+            .windows(2)
+            .filter(|pair| pair[0].0 == pair[1].0)
+            .map(|pair| (pair[1].1, pair[1].0))
+            .collect();
+        Self { sorted, lost }
+    }
+
+    /// The ranges that a peer really is to have.
+    fn ranges(&self, key: &PublicKey, peer: &Peer) -> impl Iterator<Item = Prefix> {
+        let kept = |prefix: &&Prefix| self.lost.is_empty() || !self.lost.contains(&(key, *prefix));
+        peer.allowed_ips.iter().filter(kept).copied()
+    }
+
+    fn contains(&self, prefix: &Prefix) -> bool {
+        self.sorted.binary_search_by_key(&prefix, |(prefix, _)| prefix).is_ok()
+    }
 }
 
 fn diff_peer(
     key: PublicKey,
     peer: &Peer,
-    wanted: &BTreeSet<Prefix>,
+    owners: &Owners<'_>,
     found: &ObservedPeer,
     now: SystemTime,
     changes: &mut Vec<Change>,
@@ -318,7 +348,10 @@ fn diff_peer(
             new: keepalive,
         });
     }
-    let missing: BTreeSet<Prefix> = wanted.difference(&found.allowed_ips).copied().collect();
+    let missing: BTreeSet<Prefix> = owners
+        .ranges(&key, peer)
+        .filter(|prefix| !found.allowed_ips.contains(prefix))
+        .collect();
     if !missing.is_empty() {
         changes.push(Change::AddAllowedIps {
             peer: key,

@@ -41,6 +41,17 @@ pub const MODULES: [&str; 17] = [
     "nf_tables",
 ];
 
+/// A run of suites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// The short run alone: a part of what the full one does.
+    Short,
+    /// The full run alone.
+    Full,
+    /// Either.
+    Both,
+}
+
 /// A test binary and how it is run.
 #[derive(Clone, Copy, Debug)]
 pub struct Suite {
@@ -52,8 +63,8 @@ pub struct Suite {
     arguments: &'static [&'static str],
     /// Environment variables.
     environment: &'static [(&'static str, &'static str)],
-    /// Whether it belongs to the short run.
-    pub core: bool,
+    /// Which runs it belongs to.
+    pub run: Run,
     /// How long it may take before it counts as hung: several times what it needs, as the guests share the machine with whatever runs there.
     seconds: u64,
 }
@@ -76,21 +87,35 @@ const CORE_MATRIX: &[&str] = &[
 ];
 
 /// All suites, the cheapest failures first.
-pub const SUITES: [Suite; 11] = [
+pub const SUITES: [Suite; 12] = [
+    Suite {
+        name: "core gate",
+        source: "ebpf/tests/kernel/main.rs",
+        // What it decides on each packet, and how it hangs on devices; loading the gate takes an emulator seconds for each test.
+        arguments: &[
+            "--test-threads=2",
+            "verdicts",
+            "attachments::it_outlives",
+            "attachments::foreign_programs",
+        ],
+        environment: &[],
+        run: Run::Short,
+        seconds: 600,
+    },
     Suite {
         name: "gate",
         source: "ebpf/tests/kernel/main.rs",
         arguments: &["--test-threads=2"],
         environment: &[],
-        core: true,
-        seconds: 900,
+        run: Run::Full,
+        seconds: 1800,
     },
     Suite {
         name: "routing",
         source: "routing/tests/kernel.rs",
         arguments: &["--test-threads=2"],
         environment: &[],
-        core: true,
+        run: Run::Both,
         seconds: 300,
     },
     Suite {
@@ -103,7 +128,7 @@ pub const SUITES: [Suite; 11] = [
             "--skip=a_process_that_is_not_provably_ours_is_never_ended",
         ],
         environment: &[],
-        core: true,
+        run: Run::Both,
         seconds: 300,
     },
     Suite {
@@ -111,7 +136,7 @@ pub const SUITES: [Suite; 11] = [
         source: "overlay/tests/kernel.rs",
         arguments: &["--test-threads=2"],
         environment: &[],
-        core: false,
+        run: Run::Full,
         seconds: 600,
     },
     Suite {
@@ -119,7 +144,7 @@ pub const SUITES: [Suite; 11] = [
         source: "agent/tests/scenarios/main.rs",
         arguments: CORE_MATRIX,
         environment: KERNEL,
-        core: true,
+        run: Run::Short,
         seconds: 900,
     },
     Suite {
@@ -128,7 +153,7 @@ pub const SUITES: [Suite; 11] = [
         // The host's own kernel runs the other modes in user space.
         arguments: &["--test-threads=1", "matrix::geneve_v4_over_v6"],
         environment: USERSPACE,
-        core: true,
+        run: Run::Short,
         seconds: 600,
     },
     Suite {
@@ -144,7 +169,7 @@ pub const SUITES: [Suite; 11] = [
             "with_the_gate_off",
         ],
         environment: KERNEL,
-        core: true,
+        run: Run::Short,
         seconds: 900,
     },
     Suite {
@@ -152,7 +177,7 @@ pub const SUITES: [Suite; 11] = [
         source: "agent/tests/scenarios/main.rs",
         arguments: &["--test-threads=1", "--skip=wire", "--skip=matrix"],
         environment: KERNEL,
-        core: false,
+        run: Run::Full,
         seconds: 3000,
     },
     Suite {
@@ -160,7 +185,7 @@ pub const SUITES: [Suite; 11] = [
         source: "agent/tests/scenarios/main.rs",
         arguments: &["--test-threads=1", "--skip=matrix"],
         environment: USERSPACE,
-        core: false,
+        run: Run::Full,
         seconds: 3000,
     },
     Suite {
@@ -168,7 +193,7 @@ pub const SUITES: [Suite; 11] = [
         source: "agent/tests/scenarios/main.rs",
         arguments: &["--test-threads=1", "matrix"],
         environment: KERNEL,
-        core: false,
+        run: Run::Full,
         seconds: 2400,
     },
     Suite {
@@ -176,7 +201,7 @@ pub const SUITES: [Suite; 11] = [
         source: "agent/tests/scenarios/main.rs",
         arguments: &["--test-threads=1", "matrix"],
         environment: USERSPACE,
-        core: false,
+        run: Run::Full,
         seconds: 2400,
     },
 ];

@@ -14,7 +14,7 @@ use shroud_vm::guest::{self, Patience, Report};
 use shroud_vm::image::Image;
 use shroud_vm::kernel::Kernel;
 use shroud_vm::program::Program;
-use shroud_vm::suite::{self, MODULES, PACKAGES, SUITES, Suite};
+use shroud_vm::suite::{self, MODULES, PACKAGES, Run, SUITES, Suite};
 use shroud_vm::support;
 
 /// Runs the kernel tests and scenarios on other kernels.
@@ -26,10 +26,10 @@ struct Options {
     /// A kernel to boot, e.g. 6.12; may be given more than once.
     #[arg(long = "kernel", default_values_t = [String::from("6.1"), String::from("6.12")])]
     names: Vec<String>,
-    /// Every suite, not only the core.
+    /// Every suite, not only the short run's.
     #[arg(long)]
     full: bool,
-    /// Only the suite of this name, or else those whose name contains it.
+    /// Only the suite of this name, or else those whose name contains it, whichever run they belong to.
     #[arg(long)]
     only: Option<String>,
     /// Only tests whose name contains this.
@@ -56,15 +56,11 @@ fn main() -> Result<ExitCode> {
     }
     let built = build::tests(&PACKAGES)?;
     let mut programs = Vec::new();
-    let wanted = |suite: &&Suite| {
-        (suite.core || options.full)
-            && options
-                .only
-                .as_ref()
-                .is_none_or(|only| match SUITES.iter().any(|suite| suite.name == only) {
-                    true => suite.name == only,
-                    false => suite.name.contains(only.as_str()),
-                })
+    let unwanted = if options.full { Run::Short } else { Run::Full };
+    let wanted = |suite: &&Suite| match &options.only {
+        Some(only) if SUITES.iter().any(|suite| suite.name == only) => suite.name == only,
+        Some(only) => suite.name.contains(only.as_str()),
+        None => suite.run != unwanted,
     };
     match &options.command {
         Some(line) => programs.push(suite::command(line)),

@@ -142,22 +142,29 @@ impl Client {
             if total > LONGEST_ANSWER || began.elapsed() > WHOLE_ANSWER {
                 return Err(garbled("it does not end"));
             }
-            for &byte in &chunk[..read] {
-                match byte {
-                    b'\n' if line.is_empty() => return Ok(()),
-                    b'\n' => {
-                        let text = std::str::from_utf8(&line).map_err(|_| garbled("a line is not UTF-8"))?;
-                        let (key, value) = text.split_once('=').ok_or_else(|| garbled("a line without '='"))?;
-                        pair(key, value).map_err(garbled)?;
-                        // Only what was used: wiping the whole buffer for each of a thousand peers' lines takes longer than all the rest.
-                        line[..].zeroize();
-                        line.clear();
+            let mut rest = &chunk[..read];
+            while let Some(end) = memchr::memchr(b'\n', rest) {
+                let (piece, after) = (&rest[..end], &rest[end + 1..]);
+                rest = after;
+                if line.is_empty() {
+                    if piece.is_empty() {
+                        return Ok(());
                     }
-                    // A longer line would make the buffer move and leave a copy behind.
-                    _ if line.len() == LONGEST_LINE => return Err(garbled("a line is too long")),
-                    _ => line.push(byte),
+                    // Whole in the chunk, as nearly all are.
+                    pair_of(piece)
+                        .and_then(|(key, value)| pair(key, value))
+                        .map_err(garbled)?;
+                    continue;
                 }
+                extend(&mut line, piece).map_err(garbled)?;
+                pair_of(&line)
+                    .and_then(|(key, value)| pair(key, value))
+                    .map_err(garbled)?;
+                // Only what was used: wiping the whole buffer for each of a thousand peers' lines takes longer than all the rest.
+                line[..].zeroize();
+                line.clear();
             }
+            extend(&mut line, rest).map_err(garbled)?;
         }
     }
 
@@ -192,6 +199,23 @@ impl Client {
             source,
         }
     }
+}
+
+/// Appends to a line. A longer one would make the buffer move and leave a copy behind.
+fn extend(line: &mut Vec<u8>, piece: &[u8]) -> Result<(), &'static str> {
+    if line.len() + piece.len() > LONGEST_LINE {
+        return Err("a line is too long");
+    }
+    line.extend_from_slice(piece);
+    Ok(())
+}
+
+fn pair_of(line: &[u8]) -> Result<(&str, &str), &'static str> {
+    if line.len() > LONGEST_LINE {
+        return Err("a line is too long");
+    }
+    let text = std::str::from_utf8(line).map_err(|_| "a line is not UTF-8")?;
+    text.split_once('=').ok_or("a line without '='")
 }
 
 fn is_end(error: &io::Error) -> bool {
@@ -260,13 +284,22 @@ fn hex_line(text: &mut String, key: &str, bytes: &[u8; 32]) {
 }
 
 fn unhex(text: &str) -> Result<Zeroizing<[u8; 32]>, &'static str> {
+    const WRONG: &str = "a key is not 64 hexadecimal digits";
+    let half = |digit: u8| match digit {
+        b'0'..=b'9' => Ok(digit - b'0'),
+        b'a'..=b'f' => Ok(digit - b'a' + 10),
+        b'A'..=b'F' => Ok(digit - b'A' + 10),
+        _ => Err(WRONG),
+    };
     let mut bytes = Zeroizing::new([0u8; 32]);
-    if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return Err("a key is not 64 hexadecimal digits");
+    let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
+        return Err(WRONG);
+    };
+    if pairs.len() != bytes.len() {
+        return Err(WRONG);
     }
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        let half = |digit: u8| char::from(digit).to_digit(16).map_or(0, |value| value as u8);
-        *byte = half(pair[0]) << 4 | half(pair[1]);
+    for (byte, pair) in bytes.iter_mut().zip(pairs) {
+        *byte = half(pair[0])? << 4 | half(pair[1])?;
     }
     Ok(bytes)
 }

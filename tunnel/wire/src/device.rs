@@ -298,7 +298,7 @@ impl Device {
 
     /// Writes the answer to a `get` request.
     pub(crate) fn describe(&self, listen_port: u16, fwmark: u32) -> Zeroizing<Vec<u8>> {
-        let mut answer = Answer::new();
+        let mut answer = Answer::with_peers(self.by_key.len());
         answer.device(
             self.identity.as_ref().map(|identity| &identity.private_key),
             listen_port,

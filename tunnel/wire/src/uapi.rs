@@ -295,14 +295,17 @@ fn prefix(value: &str) -> Result<Prefix, Errno> {
 pub(crate) struct Answer(Zeroizing<Vec<u8>>);
 
 impl Answer {
-    /// An empty answer.
-    pub(crate) fn new() -> Self {
-        Self(Zeroizing::new(Vec::with_capacity(1024)))
+    /// What is said of a peer with two allowed IPs, in bytes, mostly: a first guess of how long an answer becomes.
+    const PEER: usize = 384;
+
+    /// An empty answer with room for this many peers.
+    pub(crate) fn with_peers(count: usize) -> Self {
+        Self(Zeroizing::new(Vec::with_capacity(1024 + count * Self::PEER)))
     }
 
     /// The answer to a request that has no result but success or failure.
     pub(crate) fn outcome(outcome: Result<(), Errno>) -> Zeroizing<Vec<u8>> {
-        let mut answer = Self::new();
+        let mut answer = Self::with_peers(0);
         answer.end(outcome)
     }
 
@@ -347,8 +350,11 @@ impl Answer {
         std::mem::take(&mut self.0)
     }
 
+    /// Never for a secret: formatting leaves copies behind.
     fn pair(&mut self, key: &str, value: impl std::fmt::Display) {
-        self.write(format!("{key}={value}\n").as_bytes());
+        use std::fmt::Write as _;
+
+        writeln!(self, "{key}={value}").expect("writing to memory cannot fail");
     }
 
     fn key(&mut self, name: &str, key: &[u8; 32]) {
@@ -374,9 +380,10 @@ impl Answer {
     }
 }
 
-impl Default for Answer {
-    fn default() -> Self {
-        Self::new()
+impl std::fmt::Write for Answer {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.write(text.as_bytes());
+        Ok(())
     }
 }
 

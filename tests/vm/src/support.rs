@@ -23,7 +23,7 @@ const SUITES: [(&str, &str); 2] = [
 pub fn page(reports: &[Report]) -> String {
     let mut page = String::from(
         "# What runs where\n\n\
-         Made by `make support` from the latest `make test-vm FULL=1`; not written by hand.\n\n\
+         Made by `make support` from the latest run of the matrix (part of `make test-vm FULL=1`); not written by hand.\n\n\
          Each cell is a scenario in `agent/tests/scenarios/matrix.rs`: nodes with agents, every kind of flow between their pods, every underlay\n\
          port captured. **yes** is: all arrived, nothing was seen in the clear, and with the gate off the same capture saw it. (Pods of a family\n\
          that the underlay lacks have no native way in the clear, so that those cells have no such twin.) Columns are pods over underlay.\n\n\

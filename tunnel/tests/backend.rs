@@ -1,4 +1,5 @@
-//! The userspace backend against real data planes: our own, and Debian's `wireguard-go` as the second opinion. `wg` is the other eye.
+//! Both backends against real data planes: our own, Debian's `wireguard-go` as the second opinion, and the kernel's where it has one.
+//! `wg` is the other eye.
 #![allow(
     clippy::unwrap_used,
     clippy::let_underscore_must_use,
@@ -25,17 +26,19 @@ use std::time::{Duration, Instant};
 use netns::{Netns, run};
 use rustix::process::{Pid, Signal, kill_process};
 use shroud_model::{Mark, Prefix, PresharedKey, PrivateKey, PublicKey};
-use shroud_tunnel::{Backend, Change, Desired, Error, Launcher, Observed, Options, Peer, Tunnel, diff};
+use shroud_tunnel::{Backend, Change, Desired, Error, Launcher, Observed, Options, Peer, Tunnel, Wanted, choose, diff};
 use x25519_dalek::StaticSecret;
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum DataPlane {
     Ours,
     WireguardGo,
+    Kernel,
 }
 
 /// A namespace with one device that nobody serves yet.
 struct Bench {
+    data_plane: DataPlane,
     device: String,
     folder: tempfile::TempDir,
     options: Options,
@@ -49,6 +52,11 @@ impl Bench {
         let device = format!("st{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let folder = tempfile::tempdir().unwrap();
         let launcher = match data_plane {
+            // The kernel needs no program; who starts one all the same sees it fail.
+            DataPlane::Kernel => Launcher {
+                program: "/bin/false".into(),
+                arguments: Vec::new(),
+            },
             DataPlane::Ours => Launcher {
                 program: our_wire().to_owned(),
                 arguments: vec!["{device}".into(), "{socket_dir}".into()],
@@ -65,6 +73,7 @@ impl Bench {
             launcher,
         };
         Self {
+            data_plane,
             device,
             folder,
             options,
@@ -98,7 +107,10 @@ impl Bench {
         let (private_key, public_key) = key_pair(PRIVATE);
         Desired {
             device: self.device.clone(),
-            backend: Backend::Userspace,
+            backend: match self.data_plane {
+                DataPlane::Ours | DataPlane::WireguardGo => Backend::Userspace,
+                DataPlane::Kernel => Backend::Kernel,
+            },
             private_key: Arc::new(private_key),
             public_key,
             listen_port: 51820,
@@ -203,25 +215,41 @@ fn converge(tunnel: &mut Tunnel, desired: &Desired) -> Vec<String> {
     changes
 }
 
-/// Makes one test for each data plane out of a function.
-macro_rules! with_both {
-    ($($name:ident),* $(,)?) => {
-        mod ours { $(#[test] fn $name() { super::$name(super::DataPlane::Ours) })* }
-        mod wireguard_go { $(#[test] fn $name() { super::$name(super::DataPlane::WireguardGo) })* }
+/// Makes one test for each data plane out of a function; those that are about a process are not for the kernel.
+macro_rules! with_each {
+    (device { $($name:ident),* $(,)? } process { $($of_process:ident),* $(,)? }) => {
+        mod ours { $(#[test] fn $name() { super::$name(super::DataPlane::Ours) })* $(#[test] fn $of_process() { super::$of_process(super::DataPlane::Ours) })* }
+        mod wireguard_go { $(#[test] fn $name() { super::$name(super::DataPlane::WireguardGo) })* $(#[test] fn $of_process() { super::$of_process(super::DataPlane::WireguardGo) })* }
+        mod kernel { $(#[test] fn $name() { if super::kernel_has_wireguard() { super::$name(super::DataPlane::Kernel) } })* }
     };
 }
 
-with_both! {
-    what_is_desired_is_what_wg_shows,
-    drift_is_repaired,
-    one_range_can_be_taken_and_the_others_stay,
-    a_range_that_moves_always_has_an_owner,
-    the_data_plane_outlives_us_and_is_found_again,
-    a_killed_data_plane_is_started_again,
-    a_data_plane_whose_device_was_deleted_is_started_again,
-    a_data_plane_that_hangs_is_ended_and_started_again,
-    what_is_removed_is_gone,
-    no_secret_is_ever_printed,
+with_each! {
+    device {
+        what_is_desired_is_what_wg_shows,
+        drift_is_repaired,
+        one_range_can_be_taken_and_the_others_stay,
+        a_range_that_moves_always_has_an_owner,
+        what_is_removed_is_gone,
+        no_secret_is_ever_printed,
+    }
+    process {
+        the_data_plane_outlives_us_and_is_found_again,
+        a_killed_data_plane_is_started_again,
+        a_data_plane_whose_device_was_deleted_is_started_again,
+        a_data_plane_that_hangs_is_ended_and_started_again,
+    }
+}
+
+/// Whether this kernel has WireGuard; says so if not. Those that have it run these tests through `make test-vm`.
+fn kernel_has_wireguard() -> bool {
+    match choose(Wanted::Kernel) {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            false
+        }
+    }
 }
 
 fn what_is_desired_is_what_wg_shows(data_plane: DataPlane) {
@@ -507,7 +535,11 @@ fn what_is_removed_is_gone(data_plane: DataPlane) {
     let removal = tunnel.remove(&bench.device);
 
     assert!(removal.errors.is_empty(), "{:?}", removal.errors);
-    assert_eq!(removal.removed, [format!("data plane of {}", bench.device)]);
+    let what = match data_plane {
+        DataPlane::Ours | DataPlane::WireguardGo => "data plane of",
+        DataPlane::Kernel => "kernel device",
+    };
+    assert_eq!(removal.removed, [format!("{what} {}", bench.device)]);
     assert_eq!(bench.pid(), None);
     assert!(!Path::new(&format!("/run/wireguard/{}.sock", bench.device)).exists());
     assert_eq!(tunnel.remove(&bench.device).removed, [] as [String; 0]);
@@ -548,7 +580,9 @@ fn no_secret_is_ever_printed(data_plane: DataPlane) {
         .unwrap_err();
     assert!(matches!(error, Error::KeyMismatch { .. }), "{error}");
     say(format!("{error} {error:?}"));
-    say(fs::read_to_string(bench.options.runtime_dir.join(format!("{}.wire.log", bench.device))).unwrap());
+    if data_plane != DataPlane::Kernel {
+        say(fs::read_to_string(bench.options.runtime_dir.join(format!("{}.wire.log", bench.device))).unwrap());
+    }
 
     for secret in [PRIVATE, SECRET] {
         for text in [hex(&secret), base64(&secret), format!("{secret:?}")] {

@@ -25,6 +25,7 @@ mod mesh;
 mod mtu;
 mod nodes;
 mod overlay;
+mod pair;
 mod reconcile;
 mod refused;
 mod secrets;

@@ -155,6 +155,11 @@ impl Netns {
         Ok(output.stdout)
     }
 
+    /// Moves a network device of this thread's namespace into this one.
+    pub fn take(&self, device: &str) -> Result<()> {
+        ip(&["link", "set", device, "netns", self.name()]).map(drop)
+    }
+
     /// Runs `ip` inside with the words of `line`, e.g. `"route add 10.244.2.0/24 via 172.18.0.2"`.
     pub fn ip(&self, line: &str) -> Result<String> {
         self.check("ip", &line.split_whitespace().collect::<Vec<_>>())

@@ -87,6 +87,7 @@ impl Families {
 #[derive(Clone, Debug)]
 pub struct Topology {
     name: String,
+    first: u8,
     nodes: u8,
     pods: u8,
     underlay: Families,
@@ -157,6 +158,7 @@ impl Topology {
     pub fn new(name: &str) -> Topology {
         Topology {
             name: name.to_owned(),
+            first: 1,
             nodes: 3,
             pods: 2,
             underlay: Families::Both,
@@ -167,6 +169,11 @@ impl Topology {
     /// Sets how many nodes there are (1 to 26, called `a` to `z`).
     pub fn nodes(self, nodes: u8) -> Topology {
         Topology { nodes, ..self }
+    }
+
+    /// Sets which node is the first, 1 for `a` until told otherwise: two labs whose underlays are joined share no node.
+    pub fn first(self, first: u8) -> Topology {
+        Topology { first, ..self }
     }
 
     /// Sets how many pods each node has (up to 200).
@@ -186,10 +193,12 @@ impl Topology {
 
     /// Sweeps what dead labs left, then builds.
     pub fn build(self) -> Result<Lab> {
+        let last = self.first.saturating_add(self.nodes).saturating_sub(1);
         ensure!(
-            (1..=26).contains(&self.nodes),
-            "a lab has 1 to 26 nodes, not {}",
-            self.nodes
+            self.first >= 1 && (self.first..=26).contains(&last),
+            "a lab has 1 to 26 nodes, not {} from number {} on",
+            self.nodes,
+            self.first
         );
         ensure!(self.pods <= 200, "a node has up to 200 pods, not {}", self.pods);
         for error in remains::sweep() {
@@ -197,11 +206,11 @@ impl Topology {
         }
 
         let mut lab = Lab::empty(&self)?;
-        for index in 1..=self.nodes {
+        for index in self.first..=last {
             let node = lab.build_node(index)?;
             lab.nodes.push(node);
             for _ in 0..self.pods {
-                lab.add_pod(usize::from(index) - 1)?;
+                lab.add_pod(usize::from(index - self.first))?;
             }
         }
         Ok(lab)

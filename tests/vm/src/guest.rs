@@ -2,13 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::archive::Archive;
@@ -20,6 +20,17 @@ const QEMU: &str = "qemu-system-x86_64";
 
 /// Memory of a guest, in MiB; its files live in it too.
 const MEMORY: u32 = 3072;
+
+/// A guest's network card: its end of a wire to one other guest.
+#[derive(Clone, Debug)]
+pub struct Wire {
+    /// Which guest this is, from 1.
+    pub number: u8,
+    /// This end, a Unix socket.
+    pub here: PathBuf,
+    /// The other end; frames are lost while nobody is there.
+    pub there: PathBuf,
+}
 
 /// How long a guest may take.
 #[derive(Clone, Copy, Debug)]
@@ -101,7 +112,7 @@ impl Drop for Emulator {
 ///
 /// # Errors
 /// When the emulator cannot be started or the log not be written; what goes wrong inside is in the report.
-pub fn run(kernel: &Kernel, archive: &Archive, log: &Path, patience: Patience) -> Result<Report> {
+pub fn run(kernel: &Kernel, archive: &Archive, wire: &Wire, log: &Path, patience: Patience) -> Result<Report> {
     let initramfs = log.with_extension("cpio");
     let file = File::create(&initramfs).with_context(|| format!("create {}", initramfs.display()))?;
     let mut out = BufWriter::new(file);
@@ -109,7 +120,7 @@ pub fn run(kernel: &Kernel, archive: &Archive, log: &Path, patience: Patience) -
         .write(&mut out)
         .and_then(|()| out.flush())
         .with_context(|| format!("write {}", initramfs.display()))?;
-    let mut emulator = start(kernel, &initramfs)?;
+    let mut emulator = start(kernel, &initramfs, wire)?;
     let (sender, lines) = mpsc::channel();
     let kernel_messages = emulator.0.stdout.take().context("the emulator has a standard output")?;
     let programs = emulator.0.stderr.take().context("the emulator has a standard error")?;
@@ -145,7 +156,7 @@ fn mortal(program: &str) -> Command {
 }
 
 /// Software emulation on purpose: it is the same on every machine, and nested hardware virtualization often is not.
-fn start(kernel: &Kernel, initramfs: &Path) -> Result<Emulator> {
+fn start(kernel: &Kernel, initramfs: &Path, wire: &Wire) -> Result<Emulator> {
     let mut qemu = mortal(QEMU);
     qemu.args(["-accel", "tcg", "-machine", "q35", "-cpu", "max"]);
     // One processor: a kernel patches its own code while it runs (static keys), and an emulator that runs several processors at once
@@ -154,6 +165,26 @@ fn start(kernel: &Kernel, initramfs: &Path) -> Result<Emulator> {
     qemu.args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
     // Kernel messages on our one pipe, programs on the other: neither tears the other's lines.
     qemu.args(["-serial", "stdio", "-serial", "file:/dev/stderr"]);
+    // Datagrams between two files: no order in which the guests must start, and nothing that leaves this folder.
+    for path in [&wire.here, &wire.there] {
+        ensure!(
+            !path.to_string_lossy().contains(','),
+            "{} has a comma, at which {QEMU} ends a path",
+            path.display()
+        );
+    }
+    qemu.arg("-netdev").arg(format!(
+        "dgram,id=wire,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+        wire.here.display(),
+        wire.there.display()
+    ));
+    qemu.args([
+        "-device",
+        &format!(
+            "virtio-net-pci,netdev=wire,romfile=,mac=52:54:00:00:00:{:02x}",
+            wire.number
+        ),
+    ]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     qemu.args([
         "-append",

@@ -20,7 +20,9 @@ pub const PACKAGES: [&str; 6] = [
 ];
 
 /// Modules that the tests' devices, filters and tunnels need; those they depend on come by themselves.
-pub const MODULES: [&str; 17] = [
+pub const MODULES: [&str; 19] = [
+    "virtio_pci",
+    "virtio_net",
     "bridge",
     "veth",
     "tun",
@@ -78,6 +80,9 @@ const KERNEL: &[(&str, &str)] = &[("SHROUD_TEST_BACKEND", "kernel"), SLOW];
 /// Scenarios that encrypt in `shroud wire`.
 const USERSPACE: &[(&str, &str)] = &[("SHROUD_TEST_BACKEND", "userspace"), SLOW];
 
+/// The suite that takes two guests; each is told which it is by `SHROUD_LAB_PAIR`.
+pub const PAIR: &str = "pair, kernel WireGuard";
+
 /// A cell per mode, together with both families of pods and of underlays.
 const CORE_MATRIX: &[&str] = &[
     "--test-threads=1",
@@ -87,7 +92,16 @@ const CORE_MATRIX: &[&str] = &[
 ];
 
 /// All suites, the cheapest failures first.
-pub const SUITES: [Suite; 12] = [
+pub const SUITES: [Suite; 13] = [
+    // First: it waits for the other guest, which has just been started, too.
+    Suite {
+        name: PAIR,
+        source: "agent/tests/scenarios/main.rs",
+        arguments: &["--test-threads=1", "pair::"],
+        environment: KERNEL,
+        run: Run::Both,
+        seconds: 900,
+    },
     Suite {
         name: "core gate",
         source: "ebpf/tests/kernel/main.rs",

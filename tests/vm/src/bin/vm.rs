@@ -10,11 +10,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use shroud_vm::archive::Archive;
 use shroud_vm::build::{self, Built, workspace};
-use shroud_vm::guest::{self, Patience, Report};
+use shroud_vm::guest::{self, Patience, Report, Wire};
 use shroud_vm::image::Image;
 use shroud_vm::kernel::Kernel;
 use shroud_vm::program::Program;
-use shroud_vm::suite::{self, MODULES, PACKAGES, Run, SUITES, Suite};
+use shroud_vm::suite::{self, MODULES, PACKAGES, PAIR, Run, SUITES, Suite};
 use shroud_vm::support;
 
 /// Runs the kernel tests and scenarios on other kernels.
@@ -66,6 +66,10 @@ fn main() -> Result<ExitCode> {
         Some(line) => programs.push(suite::command(line)),
         None => {
             for suite in SUITES.iter().filter(wanted) {
+                if suite.name == PAIR && options.names.len() != 2 {
+                    println!("left out: {PAIR}, which takes two guests");
+                    continue;
+                }
                 programs.push(suite.program(&built)?);
             }
             ensure!(!programs.is_empty(), "no suite has such a name: {:?}", options.only);
@@ -83,15 +87,28 @@ fn main() -> Result<ExitCode> {
     let logs = workspace().join("target/vm");
     fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
     let mut prepared = Vec::new();
-    for name in &options.names {
-        prepared.push((name, prepare(&options, name, &built, &programs)?));
+    // Short, for a Unix socket's path has 107 bytes; gone with all in it at the end.
+    let wires = tempfile::tempdir().context("make a folder for the guests' wires")?;
+    for (number, name) in (1..).zip(&options.names) {
+        let mut programs = programs.clone();
+        for program in &mut programs {
+            program.environment.insert("SHROUD_LAB_PAIR".into(), number.to_string());
+        }
+        let end = |number: u8| wires.path().join(number.to_string());
+        let wire = Wire {
+            number,
+            here: end(number),
+            // 1 and 2 are joined, 3 and 4, and so on.
+            there: end(if number % 2 == 1 { number + 1 } else { number - 1 }),
+        };
+        prepared.push((name, wire, prepare(&options, name, &built, &programs)?));
     }
     let (logs, within) = (logs.as_path(), options.within);
     // One virtual processor each: see `guest`. The guests share the machine's.
     let reports = thread::scope(|scope| {
         let guests: Vec<_> = prepared
             .into_iter()
-            .map(|(name, guest)| scope.spawn(move || follow(name, guest, logs, within)))
+            .map(|(name, wire, guest)| scope.spawn(move || follow(name, guest, &wire, logs, within)))
             .collect();
         let joined = guests
             .into_iter()
@@ -140,7 +157,7 @@ fn prepare(options: &Options, name: &str, built: &Built, programs: &[Program]) -
 }
 
 /// Boots a guest, follows it to its end, and keeps what it said.
-fn follow(name: &str, (kernel, archive): (Kernel, Archive), logs: &Path, within: u64) -> Result<Report> {
+fn follow(name: &str, (kernel, archive): (Kernel, Archive), wire: &Wire, logs: &Path, within: u64) -> Result<Report> {
     let log = logs.join(format!("{name}.log"));
     println!(
         "{name}: booting Linux {}, all it says goes to {}",
@@ -151,7 +168,7 @@ fn follow(name: &str, (kernel, archive): (Kernel, Archive), logs: &Path, within:
         total: Duration::from_secs(within),
         silence: Duration::from_secs(180),
     };
-    let report = guest::run(&kernel, &archive, &log, patience)?;
+    let report = guest::run(&kernel, &archive, wire, &log, patience)?;
     let result = log.with_extension("json");
     let json = serde_json::to_vec_pretty(&report).context("write the report")?;
     fs::write(&result, json).with_context(|| format!("write {}", result.display()))?;

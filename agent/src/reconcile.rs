@@ -407,17 +407,16 @@ impl Reconciler {
             }
         };
         let changes = shroud_tunnel::diff(desired, &observed);
-        for change in &changes {
-            let result = self.tunnel.apply(desired, change).map_err(anyhow::Error::from);
+        let is_removal = |change: &&shroud_tunnel::Change| matches!(change, shroud_tunnel::Change::RemoveDevice { .. });
+        let (removals, rest) = changes.split_at(changes.iter().take_while(is_removal).count());
+        for change in removals {
             // A TUN device outlives its process on purpose; a change of backend is the one time when it must make room.
-            let makes_room = matches!(change, shroud_tunnel::Change::RemoveDevice { .. });
-            let result = result.and_then(|()| {
-                if makes_room {
-                    self.kernel.delete_link(&desired.device)?;
-                }
-                Ok(())
-            });
+            let result = self.tunnel.apply(desired, change).map_err(anyhow::Error::from);
+            let result = result.and_then(|()| Ok(self.kernel.delete_link(&desired.device).map(drop)?));
             report.note(Driver::Tunnel, change, result);
+        }
+        for (change, result) in rest.iter().zip(self.tunnel.apply_all(desired, rest)) {
+            report.note(Driver::Tunnel, change, result.map_err(anyhow::Error::from));
         }
         !changes.is_empty()
     }

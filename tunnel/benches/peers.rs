@@ -153,8 +153,8 @@ fn pass(tunnel: &mut Tunnel, desired: &Desired, changes: usize) -> Duration {
     let began = Instant::now();
     let mut observed = tunnel.observe(&desired.device).unwrap();
     let mut wanted = diff(desired, &observed);
-    for change in &wanted {
-        tunnel.apply(desired, change).unwrap();
+    for result in tunnel.apply_all(desired, &wanted) {
+        result.unwrap();
     }
     let took = began.elapsed();
 

@@ -104,6 +104,26 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// Whether this is about a peer, and not about the device.
+    pub(crate) fn is_of_a_peer(&self) -> bool {
+        match self {
+            Self::RemoveDevice { .. }
+            | Self::CreateDevice { .. }
+            | Self::SetMark { .. }
+            | Self::SetListenPort { .. }
+            | Self::SetPrivateKey { .. } => false,
+            Self::AddPeer { .. }
+            | Self::AddAllowedIps { .. }
+            | Self::SetEndpoint { .. }
+            | Self::SetPresharedKey { .. }
+            | Self::SetKeepalive { .. }
+            | Self::RemoveAllowedIps { .. }
+            | Self::RemovePeer { .. } => true,
+        }
+    }
+}
+
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let or_none = |value: Option<String>| value.unwrap_or_else(|| "none".to_owned());
@@ -281,34 +301,44 @@ fn diff_peers(desired: &Desired, device: &Device, now: SystemTime, changes: &mut
 
 /// Which peer has a range. Of several that are to have the same one, the first by key has it.
 struct Owners<'a> {
-    /// By prefix, then by key.
-    sorted: Vec<(&'a Prefix, &'a PublicKey)>,
+    /// Sorted by prefix.
+    all: Vec<Prefix>,
     /// What a peer is to have, but another one has; hardly ever anything.
-    lost: BTreeSet<(&'a PublicKey, &'a Prefix)>,
+    lost: BTreeSet<(&'a PublicKey, Prefix)>,
 }
 
 impl<'a> Owners<'a> {
-    fn new(peers: impl Iterator<Item = (&'a PublicKey, &'a Peer)>) -> Self {
-        let mut sorted: Vec<_> = peers
-            .flat_map(|(key, peer)| peer.allowed_ips.iter().map(move |prefix| (prefix, key)))
-            .collect();
-        sorted.sort_unstable();
-        let lost = sorted
+    fn new(peers: impl Iterator<Item = (&'a PublicKey, &'a Peer)> + Clone) -> Self {
+        let mut all: Vec<Prefix> = peers.clone().flat_map(|(_, peer)| &peer.allowed_ips).copied().collect();
+        all.sort_unstable();
+        let contested: BTreeSet<Prefix> = all
             .windows(2)
-            .filter(|pair| pair[0].0 == pair[1].0)
-            .map(|pair| (pair[1].1, pair[1].0))
+            .filter(|pair| pair[0] == pair[1])
+            .map(|pair| pair[0])
             .collect();
-        Self { sorted, lost }
+        let mut lost = BTreeSet::new();
+        let mut taken = BTreeSet::new();
+        if !contested.is_empty() {
+            for (key, peer) in peers {
+                let claims = peer.allowed_ips.intersection(&contested);
+                lost.extend(
+                    claims
+                        .filter(|prefix| !taken.insert(**prefix))
+                        .map(|prefix| (key, *prefix)),
+                );
+            }
+        }
+        Self { all, lost }
     }
 
     /// The ranges that a peer really is to have.
     fn ranges(&self, key: &PublicKey, peer: &Peer) -> impl Iterator<Item = Prefix> {
-        let kept = |prefix: &&Prefix| self.lost.is_empty() || !self.lost.contains(&(key, *prefix));
+        let kept = |prefix: &&Prefix| self.lost.is_empty() || !self.lost.contains(&(key, **prefix));
         peer.allowed_ips.iter().filter(kept).copied()
     }
 
     fn contains(&self, prefix: &Prefix) -> bool {
-        self.sorted.binary_search_by_key(&prefix, |(prefix, _)| prefix).is_ok()
+        self.all.binary_search(prefix).is_ok()
     }
 }
 

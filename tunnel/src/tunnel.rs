@@ -18,6 +18,9 @@ use crate::uapi::Client;
 use crate::update::{PeerUpdate, Presence, Update};
 use crate::{Backend, Change, Desired, Error, Launcher, Observed, Peer, kernel};
 
+/// How many steps about peers share a request. More would make one bad peer costlier, and save nothing that can be measured.
+const PEERS_PER_REQUEST: usize = 256;
+
 /// Where things are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -108,90 +111,70 @@ impl Tunnel {
         }
     }
 
+    /// Does all steps in their order, and answers what became of each. `desired` must be the one from which the changes were made: it has
+    /// the secrets.
+    ///
+    /// Steps that are about peers share requests: a mesh of thousands is a few requests, and no packet is handled between two of them. A
+    /// request that is refused as a whole is made again step by step, so that one bad peer costs nobody else anything.
+    pub fn apply_all(&mut self, desired: &Desired, changes: &[Change]) -> Vec<Result<(), Error>> {
+        let mut results = Vec::with_capacity(changes.len());
+        for run in changes.chunk_by(|one, next| one.is_of_a_peer() && next.is_of_a_peer()) {
+            for batch in run.chunks(PEERS_PER_REQUEST) {
+                if batch.len() > 1 && self.apply_together(desired, batch).is_ok() {
+                    results.extend(batch.iter().map(|_| Ok(())));
+                } else {
+                    results.extend(batch.iter().map(|change| self.apply(desired, change)));
+                }
+            }
+        }
+        results
+    }
+
+    fn apply_together(&self, desired: &Desired, batch: &[Change]) -> Result<(), Error> {
+        check_name(&desired.device)?;
+        let mut update = Update::default();
+        for change in batch {
+            say(desired, change, &mut update)?;
+        }
+        self.write(desired, &format!("{} steps about peers", batch.len()), &update)
+    }
+
     /// Does one step. `desired` must be the one from which the change was made: it has the secrets.
     ///
     /// # Errors
     /// What the device answers; [`Error::NoDevice`] when it went away in between.
     pub fn apply(&mut self, desired: &Desired, change: &Change) -> Result<(), Error> {
         check_name(&desired.device)?;
-        let operation = change.to_string();
-        let peer_of = |key: &PublicKey| desired.peers.get(key).ok_or(Error::Stale { peer: *key });
-        let mut update = Update::default();
-        match change {
-            Change::CreateDevice {
-                backend: Backend::Kernel,
-            } => return kernel::create(&desired.device),
-            Change::CreateDevice {
-                backend: Backend::Userspace,
-            } => return self.start(&desired.device),
-            Change::RemoveDevice {
-                backend: Backend::Kernel,
-            } => return kernel::delete(&desired.device).map(drop),
-            Change::RemoveDevice {
-                backend: Backend::Userspace,
-            } => return self.stop(&desired.device).map(drop),
-            Change::SetPrivateKey { .. } => {
-                check_key(desired)?;
-                update.private_key = Some(&desired.private_key);
-            }
-            Change::SetListenPort { new, .. } => update.listen_port = Some(*new),
-            Change::SetMark { new, .. } => update.mark = Some(*new),
-            Change::AddPeer {
-                peer,
-                endpoint,
-                allowed_ips,
-            } => {
-                let wanted = peer_of(peer)?;
-                let mut section = PeerUpdate::new(*peer, Presence::Ensured);
-                section.preshared_key = wanted
-                    .preshared_key
-                    .is_some()
-                    .then(|| secret(peer, wanted))
-                    .transpose()?;
-                section.endpoint = *endpoint;
-                section.keepalive = seconds(wanted.keepalive);
-                section.allowed_ips = allowed_ips.clone();
-                update.peers.push(section);
-            }
-            Change::SetEndpoint { peer, new, .. } => {
-                let mut section = PeerUpdate::new(*peer, Presence::Assumed);
-                section.endpoint = Some(*new);
-                update.peers.push(section);
-            }
-            Change::SetPresharedKey { peer, new, .. } => {
-                let mut section = PeerUpdate::new(*peer, Presence::Assumed);
-                section.preshared_key = Some(if *new { secret(peer, peer_of(peer)?)? } else { &[0; 32] });
-                update.peers.push(section);
-            }
-            Change::SetKeepalive { peer, new, .. } => {
-                let mut section = PeerUpdate::new(*peer, Presence::Assumed);
-                section.keepalive = Some(seconds(*new).unwrap_or(0));
-                update.peers.push(section);
-            }
-            Change::AddAllowedIps { peer, allowed_ips } => {
-                let mut section = PeerUpdate::new(*peer, Presence::Assumed);
-                section.allowed_ips = allowed_ips.clone();
-                update.peers.push(section);
-            }
-            Change::RemoveAllowedIps { allowed_ips, .. } => {
-                update
-                    .peers
-                    .extend(throw_away(allowed_ips).map_err(|error| Error::system(operation.as_str(), error))?);
-            }
-            Change::RemovePeer { peer } => update.peers.push(PeerUpdate::new(*peer, Presence::Removed)),
+        if let Change::CreateDevice { backend } = change {
+            return match backend {
+                Backend::Kernel => kernel::create(&desired.device),
+                Backend::Userspace => self.start(&desired.device),
+            };
         }
-        let written = match desired.backend {
-            Backend::Kernel => kernel::write(&operation, &desired.device, &update),
-            Backend::Userspace => self.client(&desired.device).write(&operation, &update),
-        };
-        written.map_err(|error| match (error, change) {
-            (Error::Refused { device, source, .. }, Change::SetListenPort { new, .. })
-                if source.kind() == std::io::ErrorKind::AddrInUse =>
-            {
-                Error::PortTaken { device, port: *new }
-            }
-            (error, _) => error,
-        })
+        if let Change::RemoveDevice { backend } = change {
+            return match backend {
+                Backend::Kernel => kernel::delete(&desired.device).map(drop),
+                Backend::Userspace => self.stop(&desired.device).map(drop),
+            };
+        }
+        let mut update = Update::default();
+        say(desired, change, &mut update)?;
+        self.write(desired, &change.to_string(), &update)
+            .map_err(|error| match (error, change) {
+                (Error::Refused { device, source, .. }, Change::SetListenPort { new, .. })
+                    if source.kind() == std::io::ErrorKind::AddrInUse =>
+                {
+                    Error::PortTaken { device, port: *new }
+                }
+                (error, _) => error,
+            })
+    }
+
+    fn write(&self, desired: &Desired, operation: &str, update: &Update<'_>) -> Result<(), Error> {
+        match desired.backend {
+            Backend::Kernel => kernel::write(operation, &desired.device, update),
+            Backend::Userspace => self.client(&desired.device).write(operation, update),
+        }
     }
 
     /// Ends the device: the data plane's process and its socket, or the kernel's device. A TUN device stays, for routing to delete.
@@ -285,6 +268,63 @@ fn check_name(device: &str) -> Result<(), Error> {
     let is_path = device == "." || device == "..";
     if device.is_empty() || device.len() > 15 || !device.bytes().all(harmless) || is_path {
         return Err(Error::InvalidName(device.to_owned()));
+    }
+    Ok(())
+}
+
+/// Adds what a step asks for to a request. Devices are not made by requests.
+fn say<'a>(desired: &'a Desired, change: &Change, update: &mut Update<'a>) -> Result<(), Error> {
+    let peer_of = |key: &PublicKey| desired.peers.get(key).ok_or(Error::Stale { peer: *key });
+    match change {
+        Change::CreateDevice { .. } | Change::RemoveDevice { .. } => {}
+        Change::SetPrivateKey { .. } => {
+            check_key(desired)?;
+            update.private_key = Some(&desired.private_key);
+        }
+        Change::SetListenPort { new, .. } => update.listen_port = Some(*new),
+        Change::SetMark { new, .. } => update.mark = Some(*new),
+        Change::AddPeer {
+            peer,
+            endpoint,
+            allowed_ips,
+        } => {
+            let wanted = peer_of(peer)?;
+            let mut section = PeerUpdate::new(*peer, Presence::Ensured);
+            section.preshared_key = wanted
+                .preshared_key
+                .is_some()
+                .then(|| secret(peer, wanted))
+                .transpose()?;
+            section.endpoint = *endpoint;
+            section.keepalive = seconds(wanted.keepalive);
+            section.allowed_ips = allowed_ips.clone();
+            update.peers.push(section);
+        }
+        Change::SetEndpoint { peer, new, .. } => {
+            let mut section = PeerUpdate::new(*peer, Presence::Assumed);
+            section.endpoint = Some(*new);
+            update.peers.push(section);
+        }
+        Change::SetPresharedKey { peer, new, .. } => {
+            let mut section = PeerUpdate::new(*peer, Presence::Assumed);
+            section.preshared_key = Some(if *new { secret(peer, peer_of(peer)?)? } else { &[0; 32] });
+            update.peers.push(section);
+        }
+        Change::SetKeepalive { peer, new, .. } => {
+            let mut section = PeerUpdate::new(*peer, Presence::Assumed);
+            section.keepalive = Some(seconds(*new).unwrap_or(0));
+            update.peers.push(section);
+        }
+        Change::AddAllowedIps { peer, allowed_ips } => {
+            let mut section = PeerUpdate::new(*peer, Presence::Assumed);
+            section.allowed_ips = allowed_ips.clone();
+            update.peers.push(section);
+        }
+        Change::RemoveAllowedIps { allowed_ips, .. } => {
+            let taken = throw_away(allowed_ips).map_err(|error| Error::system(change.to_string(), error))?;
+            update.peers.extend(taken);
+        }
+        Change::RemovePeer { peer } => update.peers.push(PeerUpdate::new(*peer, Presence::Removed)),
     }
     Ok(())
 }

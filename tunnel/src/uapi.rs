@@ -75,6 +75,7 @@ impl Client {
         }
         self.check(operation, answer.number)?;
         answer.close();
+        answer.device.peers = answer.peers.into_iter().collect();
         Ok(Some(answer.device))
     }
 
@@ -283,7 +284,14 @@ fn hex_line(text: &mut String, key: &str, bytes: &[u8; 32]) {
     text.push('\n');
 }
 
-fn unhex(text: &str) -> Result<Zeroizing<[u8; 32]>, &'static str> {
+/// The bytes of a secret.
+fn secret(text: &str) -> Result<Zeroizing<[u8; 32]>, &'static str> {
+    let mut bytes = Zeroizing::new([0u8; 32]);
+    unhex(text, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn unhex(text: &str, bytes: &mut [u8; 32]) -> Result<(), &'static str> {
     const WRONG: &str = "a key is not 64 hexadecimal digits";
     let half = |digit: u8| match digit {
         b'0'..=b'9' => Ok(digit - b'0'),
@@ -291,7 +299,6 @@ fn unhex(text: &str) -> Result<Zeroizing<[u8; 32]>, &'static str> {
         b'A'..=b'F' => Ok(digit - b'A' + 10),
         _ => Err(WRONG),
     };
-    let mut bytes = Zeroizing::new([0u8; 32]);
     let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
         return Err(WRONG);
     };
@@ -301,12 +308,14 @@ fn unhex(text: &str) -> Result<Zeroizing<[u8; 32]>, &'static str> {
     for (byte, pair) in bytes.iter_mut().zip(pairs) {
         *byte = half(pair[0])? << 4 | half(pair[1])?;
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// What an answer to `get` has said so far.
 struct Answer {
     device: Device,
+    /// The peers that have been told whole; a map of thousands is made fastest at once.
+    peers: Vec<(PublicKey, ObservedPeer)>,
     peer: Option<(PublicKey, ObservedPeer)>,
     handshake: Duration,
     number: Option<i32>,
@@ -323,6 +332,7 @@ impl Default for Answer {
         };
         Self {
             device,
+            peers: Vec::new(),
             peer: None,
             handshake: Duration::ZERO,
             number: None,
@@ -340,7 +350,9 @@ impl Answer {
             "public_key" => {
                 self.close();
                 // A key nobody can hold is not one of ours; what it claims is taken back when our peers get their ranges.
-                self.peer = PublicKey::from_bytes(*unhex(value)?)
+                let mut bytes = [0; 32];
+                unhex(value, &mut bytes)?;
+                self.peer = PublicKey::from_bytes(bytes)
                     .ok()
                     .map(|key| (key, ObservedPeer::default()));
             }
@@ -354,7 +366,7 @@ impl Answer {
         let number = || value.parse::<u64>().map_err(|_| "a counter is no number");
         match key {
             "preshared_key" => {
-                let secret = unhex(value)?;
+                let secret = secret(value)?;
                 peer.preshared_key = (*secret != [0; 32]).then(|| Arc::new(PresharedKey::from_bytes(*secret)));
             }
             // One that we could not have set (with a zone) is as good as none.
@@ -382,13 +394,13 @@ impl Answer {
             peer.last_handshake = (!handshake.is_zero())
                 .then(|| SystemTime::UNIX_EPOCH.checked_add(handshake))
                 .flatten();
-            self.device.peers.insert(key, peer);
+            self.peers.push((key, peer));
         }
     }
 }
 
 fn public(private: &str) -> Result<Option<PublicKey>, &'static str> {
-    let bytes = unhex(private)?;
+    let bytes = secret(private)?;
     if *bytes == [0; 32] {
         return Ok(None);
     }

@@ -196,10 +196,8 @@ fn our_wire() -> &'static Path {
 fn pass(tunnel: &mut Tunnel, desired: &Desired) -> Vec<String> {
     let observed = tunnel.observe(&desired.device).unwrap();
     let changes = diff(desired, &observed);
-    for change in &changes {
-        tunnel
-            .apply(desired, change)
-            .unwrap_or_else(|error| panic!("{change}: {error}"));
+    for (change, result) in changes.iter().zip(tunnel.apply_all(desired, &changes)) {
+        result.unwrap_or_else(|error| panic!("{change}: {error}"));
     }
     changes.iter().map(Change::to_string).collect()
 }
@@ -230,6 +228,7 @@ with_each! {
         drift_is_repaired,
         one_range_can_be_taken_and_the_others_stay,
         a_range_that_moves_always_has_an_owner,
+        one_bad_peer_costs_nobody_else_anything,
         what_is_removed_is_gone,
         no_secret_is_ever_printed,
     }
@@ -437,6 +436,28 @@ fn a_range_that_moves_always_has_an_owner(data_plane: DataPlane) {
         "the watcher saw both in {} looks",
         owners.len()
     );
+}
+
+fn one_bad_peer_costs_nobody_else_anything(data_plane: DataPlane) {
+    let bench = Bench::new(data_plane);
+    let mut tunnel = bench.tunnel();
+    let mut peers: BTreeMap<_, _> = (2..152)
+        .map(|number| (key(number), peer("127.0.0.1:4002", &[&format!("10.244.{number}.0/24")])))
+        .collect();
+    peers.get_mut(&key(77)).unwrap().preshared_key = Some(Arc::new(PresharedKey::from_bytes([0; 32])));
+    let desired = bench.desired(peers);
+    let changes = diff(&desired, &tunnel.observe(&bench.device).unwrap());
+
+    let results = tunnel.apply_all(&desired, &changes);
+
+    let failed: Vec<String> = results
+        .iter()
+        .zip(&changes)
+        .filter_map(|(result, change)| result.as_ref().err().map(|error| format!("{change}: {error}")))
+        .collect();
+    assert_eq!((results.len(), failed.len()), (changes.len(), 1), "{failed:?}");
+    assert!(failed[0].contains(&key(77).fingerprint()), "{failed:?}");
+    assert_eq!(bench.wg("show {} peers").lines().count(), 149);
 }
 
 fn the_data_plane_outlives_us_and_is_found_again(data_plane: DataPlane) {

@@ -312,7 +312,7 @@ impl Answer {
     /// Writes what is true of the device itself.
     pub(crate) fn device(&mut self, private_key: Option<&PrivateKey>, listen_port: u16, fwmark: u32) {
         if let Some(key) = private_key {
-            self.key("private_key", key.expose());
+            self.secret("private_key", key.expose());
         }
         self.pair("listen_port", listen_port);
         if fwmark != 0 {
@@ -322,20 +322,20 @@ impl Answer {
 
     /// Writes what is true of one peer.
     pub(crate) fn peer(&mut self, peer: &PeerStatus<'_>) {
-        self.key("public_key", peer.public_key.as_bytes());
+        self.digits("public_key", &hex(peer.public_key.as_bytes()));
         if let Some(key) = peer.preshared_key {
-            self.key("preshared_key", key.expose());
+            self.secret("preshared_key", key.expose());
         }
-        self.pair("protocol_version", 1);
+        self.write(b"protocol_version=1\n");
         if let Some(endpoint) = peer.endpoint {
             self.pair("endpoint", endpoint);
         }
         let handshake = peer.last_handshake.map_or(Duration::ZERO, since_epoch);
-        self.pair("last_handshake_time_sec", handshake.as_secs());
-        self.pair("last_handshake_time_nsec", handshake.subsec_nanos());
-        self.pair("tx_bytes", peer.tx_bytes);
-        self.pair("rx_bytes", peer.rx_bytes);
-        self.pair("persistent_keepalive_interval", peer.keepalive);
+        self.number("last_handshake_time_sec", handshake.as_secs());
+        self.number("last_handshake_time_nsec", handshake.subsec_nanos().into());
+        self.number("tx_bytes", peer.tx_bytes);
+        self.number("rx_bytes", peer.rx_bytes);
+        self.number("persistent_keepalive_interval", peer.keepalive.into());
     }
 
     /// Writes one allowed IP of the peer written last.
@@ -354,18 +354,37 @@ impl Answer {
     fn pair(&mut self, key: &str, value: impl std::fmt::Display) {
         use std::fmt::Write as _;
 
-        writeln!(self, "{key}={value}").expect("writing to memory cannot fail");
+        self.write(key.as_bytes());
+        self.write(b"=");
+        write!(self, "{value}").expect("writing to memory cannot fail");
+        self.write(b"\n");
     }
 
-    fn key(&mut self, name: &str, key: &[u8; 32]) {
-        let mut digits = Zeroizing::new([0; 64]);
-        for (pair, byte) in digits.chunks_exact_mut(2).zip(key) {
-            pair[0] = b"0123456789abcdef"[usize::from(byte >> 4)];
-            pair[1] = b"0123456789abcdef"[usize::from(byte & 15)];
+    /// As [`Self::pair`], several times faster: of thousands of peers there are tens of thousands of numbers.
+    fn number(&mut self, key: &str, mut value: u64) {
+        let mut digits = [b'0'; 20];
+        let mut first = digits.len() - 1;
+        while value > 9 {
+            digits[first] += (value % 10) as u8;
+            value /= 10;
+            first -= 1;
         }
+        digits[first] += value as u8;
+        self.write(key.as_bytes());
+        self.write(b"=");
+        self.write(&digits[first..]);
+        self.write(b"\n");
+    }
+
+    fn secret(&mut self, name: &str, key: &[u8; 32]) {
+        let digits = Zeroizing::new(hex(key));
+        self.digits(name, &digits);
+    }
+
+    fn digits(&mut self, name: &str, digits: &[u8; 64]) {
         self.write(name.as_bytes());
         self.write(b"=");
-        self.write(&*digits);
+        self.write(digits);
         self.write(b"\n");
     }
 
@@ -385,6 +404,15 @@ impl std::fmt::Write for Answer {
         self.write(text.as_bytes());
         Ok(())
     }
+}
+
+fn hex(key: &[u8; 32]) -> [u8; 64] {
+    let mut digits = [0; 64];
+    for (pair, byte) in digits.chunks_exact_mut(2).zip(key) {
+        pair[0] = b"0123456789abcdef"[usize::from(byte >> 4)];
+        pair[1] = b"0123456789abcdef"[usize::from(byte & 15)];
+    }
+    digits
 }
 
 /// What is true of one peer, without its allowed IPs.
@@ -472,6 +500,15 @@ mod tests {
             ]
         );
         assert!(removed.remove);
+    }
+
+    #[test]
+    fn numbers_are_written_in_full() {
+        for value in [0, 7, 10, 1_000_000_007, u64::MAX] {
+            let mut answer = Answer::with_peers(0);
+            answer.number("rx_bytes", value);
+            assert_eq!(*answer.0, format!("rx_bytes={value}\n").into_bytes());
+        }
     }
 
     #[test]

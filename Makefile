@@ -8,7 +8,7 @@ help:
 	@echo "make test          everything that must hold before a change lands"
 	@echo "make test-vm       the kernel tests and scenarios on Linux 6.1 and 6.12, in an emulator (FULL=1: all of them)"
 	@echo "make support       writes docs/support.md from the latest make test-vm FULL=1"
-	@echo "make bench-peers   what 5,000 peers take: time and memory (docs/bench/peers.md)"
+	@echo "make bench-peers   what 5,000 peers take: time and memory (docs/bench/peers.md); VM=1: in the emulator, with the kernel's WireGuard"
 	@echo "make ebpf          rebuilds the gate's BPF object (nightly Rust, LLVM)"
 	@echo "make build         target/release/shroud"
 
@@ -31,8 +31,12 @@ support:
 	@scripts/test-vm.sh --support
 
 bench-peers:
+ifdef VM
+	@scripts/test-vm.sh --bench
+else
 	@scripts/setup.sh demo
 	@cargo bench --locked --package shroud-tunnel --bench peers
+endif
 
 ebpf:
 	@ebpf/build.sh

@@ -4,6 +4,7 @@
 #   scripts/test-vm.sh                 the core suites on Linux 6.1 and 6.12
 #   scripts/test-vm.sh --kernel 6.12 --only gate --test verdicts
 #   FULL=1 scripts/test-vm.sh          every suite
+#   scripts/test-vm.sh --bench         what thousands of peers take, in the kernel and in user space
 #
 # The kernels are Debian's packages, unpacked into a cache; nothing is installed into /boot.
 set -euo pipefail

@@ -1,4 +1,4 @@
-//! Builds the workspace's test binaries, and knows which came from which source file.
+//! Builds the workspace's tests and benchmarks, and knows which came from which source file.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -55,17 +55,26 @@ struct Profile {
 /// # Errors
 /// When cargo fails; it has said why on standard error.
 pub fn tests(packages: &[&str]) -> Result<Built> {
+    let packages = packages.iter().flat_map(|package| ["--package", package]);
+    build(["test", "--no-run"].into_iter().chain(packages))
+}
+
+/// Builds a benchmark as `cargo bench` would, and the programs of another package that it starts.
+///
+/// # Errors
+/// When cargo fails; it has said why on standard error.
+pub fn bench(package: &str, bench: &str, starts: &str) -> Result<Built> {
+    let mut built = build(["bench", "--no-run", "--package", package, "--bench", bench].into_iter())?;
+    let programs = build(["build", "--release", "--package", starts].into_iter())?;
+    built.programs.extend(programs.programs);
+    Ok(built)
+}
+
+fn build<'a>(what: impl Iterator<Item = &'a str>) -> Result<Built> {
     let workspace = workspace();
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(&workspace);
-    cargo.args([
-        "test",
-        "--no-run",
-        "--quiet",
-        "--locked",
-        "--message-format=json-render-diagnostics",
-    ]);
-    cargo.args(packages.iter().flat_map(|package| ["--package", package]));
+    cargo.current_dir(&workspace).args(what);
+    cargo.args(["--quiet", "--locked", "--message-format=json-render-diagnostics"]);
     let output = cargo.stderr(Stdio::inherit()).output().context("start cargo")?;
     ensure!(output.status.success(), "{cargo:?}: {}", output.status);
 

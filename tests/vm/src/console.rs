@@ -27,6 +27,8 @@ pub enum Event {
         /// What became of it.
         result: String,
     },
+    /// What a benchmark found, as JSON.
+    Figures,
     /// The kernel is not well.
     Alarm,
     /// The guest came to its end; whether all was well.
@@ -70,6 +72,9 @@ fn of_program(line: &str) -> Option<Event> {
     }
     if let Some(event) = after("vm: failed ").map(Event::Failed) {
         return Some(event);
+    }
+    if line.starts_with("{\"bench\":") {
+        return Some(Event::Figures);
     }
     let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
     // With one thread the harness begins the line before the test; what the test prints comes in between.

@@ -287,6 +287,7 @@ impl Watch {
                     ran.tests.push((name, result));
                 }
             }
+            Event::Figures => {}
             Event::Alarm => self.report.failures.push(format!("the kernel said: {line}")),
             Event::End(well) => self.ended = Some(well),
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::build::Built;
+use crate::build::{self, Built};
 use crate::program::Program;
 
 /// Packages whose tests are built.
@@ -240,6 +240,27 @@ impl Suite {
             within: Duration::from_secs(self.seconds),
         })
     }
+}
+
+/// The source file of the benchmark of thousands of peers.
+const PEERS: &str = "tunnel/benches/peers.rs";
+
+/// The benchmark of thousands of peers, and what has to be in the guest for it.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn bench() -> Result<(Built, Program)> {
+    let built = build::bench("shroud-tunnel", "peers", "shroud-wire")?;
+    let artifact = built.tests.get(PEERS).context("cargo built no benchmark of peers")?;
+    let program = Program {
+        name: "bench of peers".into(),
+        path: artifact.path.clone(),
+        arguments: vec!["--bench".into()],
+        environment: BTreeMap::new(),
+        folder: artifact.folder.clone(),
+        within: Duration::from_secs(1800),
+    };
+    Ok((built, program))
 }
 
 /// A command line as a program, to look around in a guest.

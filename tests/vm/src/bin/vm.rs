@@ -41,6 +41,9 @@ struct Options {
     /// Runs this command line in the guest, and no suite.
     #[arg(long)]
     command: Option<String>,
+    /// Runs the benchmark of thousands of peers, and no suite.
+    #[arg(long)]
+    bench: bool,
     /// Boots nothing, and writes docs/support.md from the latest reports.
     #[arg(long)]
     support: bool,
@@ -53,6 +56,63 @@ fn main() -> Result<ExitCode> {
     let options = Options::parse();
     if options.support {
         return write_support(&options.names);
+    }
+    let (built, programs) = what_to_run(&options)?;
+
+    let logs = workspace().join("target/vm");
+    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
+    let mut prepared = Vec::new();
+    // Short, for a Unix socket's path has 107 bytes; gone with all in it at the end.
+    let wires = tempfile::tempdir().context("make a folder for the guests' wires")?;
+    for (number, name) in (1..).zip(&options.names) {
+        let mut programs = programs.clone();
+        for program in &mut programs {
+            program.environment.insert("SHROUD_LAB_PAIR".into(), number.to_string());
+        }
+        let end = |number: u8| wires.path().join(number.to_string());
+        let wire = Wire {
+            number,
+            here: end(number),
+            // 1 and 2 are joined, 3 and 4, and so on.
+            there: end(if number % 2 == 1 { number + 1 } else { number - 1 }),
+        };
+        prepared.push((name, wire, prepare(&options, name, &built, &programs)?));
+    }
+    let (logs, within, prefix) = (
+        logs.as_path(),
+        options.within,
+        if options.bench { "bench-" } else { "" },
+    );
+    // One virtual processor each: see `guest`. The guests share the machine's.
+    let reports = thread::scope(|scope| {
+        let guests: Vec<_> = prepared
+            .into_iter()
+            .map(|(name, wire, guest)| {
+                scope.spawn(move || follow(name, guest, &wire, &logs.join(format!("{prefix}{name}.log")), within))
+            })
+            .collect();
+        let joined = guests
+            .into_iter()
+            .map(|guest| guest.join().expect("a guest's thread does not panic"));
+        joined.collect::<Result<Vec<Report>>>()
+    })?;
+
+    println!();
+    for report in &reports {
+        print!("{}", report.table());
+    }
+    Ok(if reports.iter().all(Report::ok) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The programs that each guest runs, and what cargo built for them.
+fn what_to_run(options: &Options) -> Result<(Built, Vec<Program>)> {
+    if options.bench {
+        let (built, program) = suite::bench()?;
+        return Ok((built, vec![program]));
     }
     let built = build::tests(&PACKAGES)?;
     let mut programs = Vec::new();
@@ -82,49 +142,7 @@ fn main() -> Result<ExitCode> {
             program.arguments.push(test.clone());
         }
     }
-    let programs = vec![programs; options.repeat].concat();
-
-    let logs = workspace().join("target/vm");
-    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
-    let mut prepared = Vec::new();
-    // Short, for a Unix socket's path has 107 bytes; gone with all in it at the end.
-    let wires = tempfile::tempdir().context("make a folder for the guests' wires")?;
-    for (number, name) in (1..).zip(&options.names) {
-        let mut programs = programs.clone();
-        for program in &mut programs {
-            program.environment.insert("SHROUD_LAB_PAIR".into(), number.to_string());
-        }
-        let end = |number: u8| wires.path().join(number.to_string());
-        let wire = Wire {
-            number,
-            here: end(number),
-            // 1 and 2 are joined, 3 and 4, and so on.
-            there: end(if number % 2 == 1 { number + 1 } else { number - 1 }),
-        };
-        prepared.push((name, wire, prepare(&options, name, &built, &programs)?));
-    }
-    let (logs, within) = (logs.as_path(), options.within);
-    // One virtual processor each: see `guest`. The guests share the machine's.
-    let reports = thread::scope(|scope| {
-        let guests: Vec<_> = prepared
-            .into_iter()
-            .map(|(name, wire, guest)| scope.spawn(move || follow(name, guest, &wire, logs, within)))
-            .collect();
-        let joined = guests
-            .into_iter()
-            .map(|guest| guest.join().expect("a guest's thread does not panic"));
-        joined.collect::<Result<Vec<Report>>>()
-    })?;
-
-    println!();
-    for report in &reports {
-        print!("{}", report.table());
-    }
-    Ok(if reports.iter().all(Report::ok) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok((built, vec![programs; options.repeat].concat()))
 }
 
 /// Writes the table of what runs where.
@@ -157,8 +175,7 @@ fn prepare(options: &Options, name: &str, built: &Built, programs: &[Program]) -
 }
 
 /// Boots a guest, follows it to its end, and keeps what it said.
-fn follow(name: &str, (kernel, archive): (Kernel, Archive), wire: &Wire, logs: &Path, within: u64) -> Result<Report> {
-    let log = logs.join(format!("{name}.log"));
+fn follow(name: &str, (kernel, archive): (Kernel, Archive), wire: &Wire, log: &Path, within: u64) -> Result<Report> {
     println!(
         "{name}: booting Linux {}, all it says goes to {}",
         kernel.release,
@@ -168,7 +185,7 @@ fn follow(name: &str, (kernel, archive): (Kernel, Archive), wire: &Wire, logs: &
         total: Duration::from_secs(within),
         silence: Duration::from_secs(180),
     };
-    let report = guest::run(&kernel, &archive, wire, &log, patience)?;
+    let report = guest::run(&kernel, &archive, wire, log, patience)?;
     let result = log.with_extension("json");
     let json = serde_json::to_vec_pretty(&report).context("write the report")?;
     fs::write(&result, json).with_context(|| format!("write {}", result.display()))?;

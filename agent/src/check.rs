@@ -89,6 +89,8 @@ checks! {
     NoAddress = "no-address",
     /// The tunnel's own packets would have to go through the tunnel.
     AddressProtected = "address-protected",
+    /// This node has no pod prefix.
+    NoPodPrefix = "no-pod-prefix",
     /// A peer claims pod addresses of this node.
     PrefixOverlaps = "prefix-overlaps",
     /// No route leads to any endpoint of a peer.

@@ -4,7 +4,7 @@
 //! A runtime takes the file's presence for "the network is ready", so it comes only when the gate is on every uplink. It is ours when the
 //! network in it has our name; a file of another network is left alone, whatever it is called.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 use shroud_keyd::announcement::Mode;
 use shroud_model::{Family, Mtu, Prefix};
 
-use crate::config::Config;
 use crate::plan::Plan;
 
 /// The network's name, by which we know the file as ours.
@@ -186,9 +185,9 @@ fn is_ours(text: &str) -> bool {
     serde_json::from_str::<Value>(text).is_ok_and(|list| list["name"] == NETWORK)
 }
 
-/// The configuration list for a plan.
-pub(crate) fn conflist(config: &Config, plan: &Plan) -> String {
-    let list = list(&config.cni, config.pod_prefixes.iter().copied(), pod_mtu(plan));
+/// The configuration list for pods of these prefixes.
+pub(crate) fn conflist(cni: &Cni, pod_prefixes: &BTreeSet<Prefix>, plan: &Plan) -> String {
+    let list = list(cni, pod_prefixes.iter().copied(), pod_mtu(plan));
     format!("{list:#}\n")
 }
 

@@ -58,7 +58,7 @@ impl Keeper {
         let local = Local {
             node: config.node.clone(),
             public_key,
-            pod_prefixes: config.pod_prefixes.clone(),
+            pod_prefixes: Some(config.pod_prefixes.clone()),
         };
         let mut keeper = Self {
             config: config.clone(),

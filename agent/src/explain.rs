@@ -78,7 +78,7 @@ pub(crate) fn place(config: &Config, snapshot: &Snapshot, surroundings: &Surroun
     if links.any(|link| link.addresses.iter().any(|own| own.address == address)) {
         return Place::OwnAddress;
     }
-    if config.pod_prefixes.iter().any(|prefix| prefix.contains(address)) {
+    if snapshot.own.pod_prefixes.iter().any(|prefix| prefix.contains(address)) {
         return Place::OwnPod;
     }
     for (name, peer) in &snapshot.peers {

@@ -156,8 +156,8 @@ pub(crate) fn node_addresses(config: &Config, facts: &Facts, uplinks: &BTreeSet<
 ///
 /// It sits on the encryption device and is the source of what the node itself sends to remote pods, so that this traffic is protected
 /// too. CNI plugins hand out neither the network address nor the one behind it (host-local IPAM), so it is nobody else's.
-pub(crate) fn mesh_addresses(config: &Config) -> BTreeMap<Family, IpAddr> {
-    let of_family = |family| Some((family, mesh_address(&config.pod_prefixes, family)?));
+pub(crate) fn mesh_addresses(snapshot: &Snapshot) -> BTreeMap<Family, IpAddr> {
+    let of_family = |family| Some((family, mesh_address(&snapshot.own.pod_prefixes, family)?));
     [Family::V4, Family::V6].into_iter().filter_map(of_family).collect()
 }
 
@@ -182,6 +182,11 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
     let uplinks = uplinks(config, facts, hops);
     let addresses = node_addresses(config, facts, &uplinks);
     let mut problems = surrounding_problems(config, facts, &uplinks, &addresses);
+    if snapshot.own.pod_prefixes.is_empty() {
+        problems.push(Check::NoPodPrefix.says(
+            "this node has no pod prefix yet: give its Node one in `spec.podCIDRs`, or name it in `podPrefixes`",
+        ));
+    }
     let mode = overlay::mode(&config.routing, snapshot, hops);
     let kinds = overlay::kinds(mode, snapshot);
 
@@ -205,7 +210,7 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
                 .map(|conflict| Check::OverlayConflict.says(conflict.to_string())),
         );
     }
-    problems.extend(taken_over(config, &peers));
+    problems.extend(taken_over(snapshot, &peers));
     // What overlays and encrypted nodes send through the tunnel has node addresses outside.
     let nodes_in_the_tunnel = !kinds.is_empty() || config.encrypt.nodes;
     let allowed_ips = |name: &NodeName, planned: &PlannedPeer| {
@@ -267,17 +272,21 @@ fn routing(
         ..
     } = *view;
     let hops = &surroundings.hops;
+    let mesh = mesh_addresses(snapshot);
     let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
     for (name, planned) in peers {
         let peer = &snapshot.peers[name];
         for prefix in &planned.pod_prefixes {
-            routes.insert(route_to(*prefix, name, planned, &peer.addresses, config, hops, uplinks));
+            let route = route_to(*prefix, name, planned, &peer.addresses, config, hops, uplinks);
+            routes.insert(Route {
+                source: mesh.get(&prefix.family()).copied(),
+                ..route
+            });
         }
         let (to_node, by) = nodes::routes(config, peer, planned, addresses, hops);
         routes.extend(to_node);
         rules.extend(by);
     }
-    let mesh = mesh_addresses(config);
     let mut inside = mesh.clone();
     if !overlay.devices.is_empty() || config.encrypt.nodes {
         // Packets between node addresses come out of the tunnel; without IPv4 pods its device would have no IPv4 address either, see below.
@@ -323,14 +332,20 @@ fn routing(
 }
 
 /// This node's own pod prefixes that a peer claims a part of.
-fn taken_over(config: &Config, peers: &BTreeMap<NodeName, PlannedPeer>) -> Vec<Problem> {
+fn taken_over(snapshot: &Snapshot, peers: &BTreeMap<NodeName, PlannedPeer>) -> Vec<Problem> {
     let is_taken = |own: &&Prefix| {
         let mut others = peers.values().flat_map(|peer| &peer.pod_prefixes);
         others.any(|prefix| prefix.overlaps(**own))
     };
     let overlaps =
         |own: &Prefix| Check::PrefixOverlaps.says(format!("a peer's pod prefix overlaps this node's own {own}"));
-    config.pod_prefixes.iter().filter(is_taken).map(overlaps).collect()
+    snapshot
+        .own
+        .pod_prefixes
+        .iter()
+        .filter(is_taken)
+        .map(overlaps)
+        .collect()
 }
 
 fn surrounding_problems(
@@ -476,7 +491,7 @@ fn route_to(
         destination: prefix,
         device: config.encryption.device.clone(),
         via: None,
-        source: mesh_addresses(config).get(&prefix.family()).copied(),
+        source: None,
         mtu: Some(peer.mtu),
         onlink: false,
         encapsulation: None,
@@ -562,7 +577,7 @@ fn gate_table(
             )
         }));
     }
-    owners.extend(config.pod_prefixes.iter().map(|prefix| {
+    owners.extend(snapshot.own.pod_prefixes.iter().map(|prefix| {
         (
             *prefix,
             Owner {

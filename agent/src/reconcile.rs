@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow};
 use shroud_ebpf::{Gate, Hook};
 use shroud_keyd::announcement::Mode;
-use shroud_keyd::directory::Origin;
+use shroud_keyd::directory::{Origin, Own};
 use shroud_keyd::{NodeKey, Snapshot};
-use shroud_model::OverlayFormat;
+use shroud_model::{OverlayFormat, Prefix};
 use shroud_overlay::Overlay;
 use shroud_routing::path_mtu::Prober;
 use shroud_routing::{Hop, Kernel};
@@ -212,7 +212,7 @@ impl Reconciler {
                 self.choose(&mut report);
                 let converged = self.converge(&snapshot, &mut report);
                 if let Ok((plan, _)) = &converged {
-                    self.ensure_cni(plan, &mut report);
+                    self.ensure_cni(plan, &snapshot.own.pod_prefixes, &mut report);
                 }
                 converged.map(|(plan, surroundings)| (plan, surroundings, snapshot))
             }
@@ -329,6 +329,10 @@ impl Reconciler {
     fn fence_until_known(&mut self, report: &mut Report) -> anyhow::Result<(Plan, Surroundings, Arc<Snapshot>)> {
         let nobody = Snapshot {
             origin: Origin::Cache,
+            own: Own {
+                pod_prefixes: self.config.pod_prefixes.clone(),
+                addresses: Vec::new(),
+            },
             peers: BTreeMap::new(),
             refused: BTreeMap::new(),
             problems: Vec::new(),
@@ -361,7 +365,7 @@ impl Reconciler {
         not_pods.insert(self.config.encryption.device.clone());
         let pod_devices = self
             .kernel
-            .devices_for(&self.config.pod_prefixes, &not_pods)
+            .devices_for(&snapshot.own.pod_prefixes, &not_pods)
             .context("look for pods' devices")?;
         let overlay = self.overlay.observe().context("look at overlay devices")?;
         let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
@@ -458,8 +462,8 @@ impl Reconciler {
     }
 
     /// Tells the container runtime how to attach pods, once what they send is guarded: a runtime starts pods as soon as the file is there.
-    fn ensure_cni(&mut self, plan: &Plan, report: &mut Report) {
-        if !self.config.cni.install {
+    fn ensure_cni(&mut self, plan: &Plan, pod_prefixes: &BTreeSet<Prefix>, report: &mut Report) {
+        if !self.config.cni.install || pod_prefixes.is_empty() {
             return;
         }
         let guarded = self.gate.observe().is_ok_and(|observed| {
@@ -472,7 +476,11 @@ impl Reconciler {
         if !guarded {
             return;
         }
-        match self.config.cni.ensure(&cni::conflist(&self.config, plan)) {
+        match self
+            .config
+            .cni
+            .ensure(&cni::conflist(&self.config.cni, pod_prefixes, plan))
+        {
             Ok(false) => {}
             Ok(true) => report.note(Driver::Cni, &"configuration list written", Ok(())),
             Err(error) => report.fail(Driver::Cni, &error.into()),

@@ -45,8 +45,8 @@ pub struct Local {
     pub node: NodeName,
     /// This node's key.
     pub public_key: PublicKey,
-    /// This node's pod prefixes.
-    pub pod_prefixes: BTreeSet<Prefix>,
+    /// This node's pod prefixes; `None` where the directory is their authority and gives this node its own.
+    pub pod_prefixes: Option<BTreeSet<Prefix>>,
 }
 
 /// A node whose claims were verified and can be sent to.
@@ -95,11 +95,22 @@ pub enum Origin {
     Source,
 }
 
+/// What is known of this node itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Own {
+    /// Its pod prefixes: those of [`Local`], or else the sound ones of its record; none while it has no record.
+    pub pod_prefixes: BTreeSet<Prefix>,
+    /// Its addresses on the underlay, as its record has them; none while it has no record.
+    pub addresses: Vec<IpAddr>,
+}
+
 /// The directory at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// Where the facts come from.
     pub origin: Origin,
+    /// This node itself.
+    pub own: Own,
     /// Verified nodes, this one not among them.
     pub peers: BTreeMap<NodeName, Peer>,
     /// Refused nodes. No node is in both maps.
@@ -247,6 +258,12 @@ pub enum Problem {
     /// The directory gives this node a prefix it does not know of.
     #[error("the directory gives this node the pod prefix {0}, which its configuration does not name")]
     LocalPrefix(Prefix),
+    /// The directory is to give this node its prefixes, and has no record of it.
+    #[error("the directory has no record of this node; what it last had counts")]
+    LocalAbsent,
+    /// The directory gives this node something that cannot be used.
+    #[error("this node's own record: {0}")]
+    LocalFlaw(String),
 }
 
 /// What must outlive the process: the records, who was first, and which epochs were seen.
@@ -271,8 +288,10 @@ pub struct Directory {
     local: Local,
     protected: BTreeSet<Prefix>,
     entries: BTreeMap<NodeName, Entry>,
-    /// What the source says of this node itself.
+    /// What the source says of this node itself, or last said.
     own: Option<Record>,
+    /// Whether the source's latest word has this node in it.
+    own_listed: bool,
     keys: BTreeMap<NodeName, PublicKey>,
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
@@ -312,6 +331,7 @@ impl Directory {
             protected,
             entries: BTreeMap::new(),
             own: None,
+            own_listed: false,
             keys: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             addresses: BTreeMap::new(),
@@ -343,7 +363,13 @@ impl Directory {
             .iter()
             .filter_map(|(node, entry)| Some((node.clone(), entry.epoch?)));
         Memory {
-            records: self.entries.values().map(|entry| entry.record.clone()).collect(),
+            records: self
+                .entries
+                .values()
+                .map(|entry| &entry.record)
+                .chain(&self.own)
+                .cloned()
+                .collect(),
             keys: self.keys.clone(),
             prefixes: self.prefixes.clone(),
             epochs: epochs.collect(),
@@ -363,7 +389,7 @@ impl Directory {
         self.remove_absent(names);
         self.unreadable = unreadable;
         self.left_out = 0;
-        self.own = None;
+        self.own_listed = false;
         for record in records.into_values() {
             self.enter(record, None);
         }
@@ -425,17 +451,19 @@ impl Directory {
 
     fn forget(&mut self, node: &NodeName) {
         if *node == self.local.node {
-            self.own = None;
+            self.own_listed = false;
         }
         self.entries.remove(node);
         self.keys.remove(node);
     }
 
     /// Takes a record in. `remembered` is an epoch from an earlier run.
-    fn enter(&mut self, mut record: Record, remembered: Option<u64>) -> Change {
+    fn enter(&mut self, record: Record, remembered: Option<u64>) -> Change {
         if record.node == self.local.node {
-            self.own = Some(record);
-            return Change::Some;
+            let says_the_same = self.own_listed && self.own.as_ref() == Some(&record);
+            self.own_listed = true;
+            self.own = Some(bounded(record));
+            return if says_the_same { Change::None } else { Change::Some };
         }
         let known = self.entries.get(&record.node);
         if known.is_some_and(|entry| entry.record == record) {
@@ -452,14 +480,7 @@ impl Directory {
             .announcement
             .as_ref()
             .map_or(seen, |announcement| Some(announcement.epoch).max(seen));
-        if record
-            .announcement
-            .as_ref()
-            .is_some_and(|raw| raw.len() > Announcement::MAX_BYTES)
-        {
-            // Refused for its length already; not worth its memory.
-            record.announcement = Some(String::new());
-        }
+        let record = bounded(record);
         self.entries
             .insert(record.node.clone(), Entry { record, claims, epoch });
         Change::Some
@@ -527,6 +548,7 @@ impl Directory {
 
         let snapshot = Snapshot {
             origin,
+            own: self.own(),
             peers,
             refused,
             problems: self.problems(contested),
@@ -602,7 +624,7 @@ impl Directory {
     fn settle_prefixes(&mut self) -> Vec<(NodeName, Reason)> {
         let mut refused = Vec::new();
         let mut held = Ranges::default();
-        for &prefix in &self.local.pod_prefixes {
+        for prefix in self.own().pod_prefixes {
             held.insert(prefix, self.local.node.clone());
         }
         self.prefixes.retain(|&prefix, node| {
@@ -693,24 +715,70 @@ impl Directory {
         if self.left_out > 0 {
             problems.insert(Problem::TooManyNodes(self.left_out));
         }
-        if let Some(own) = &self.own {
-            let announced = own
-                .announcement
-                .as_deref()
-                .and_then(|raw| Announcement::parse(raw).ok());
-            if let Some(other) = announced.filter(|announced| announced.public_key != self.local.public_key) {
-                problems.insert(Problem::LocalKey(other.public_key));
-            }
-            for &prefix in own
-                .pod_prefixes
-                .iter()
-                .filter(|prefix| !self.local.pod_prefixes.contains(prefix))
-            {
-                problems.insert(Problem::LocalPrefix(prefix));
-            }
+        if self.origin == Some(Origin::Source) {
+            problems.extend(self.own_problems());
         }
         problems.into_iter().collect()
     }
+
+    /// What is known of this node itself.
+    fn own(&self) -> Own {
+        let claims = self
+            .own
+            .as_ref()
+            .map(|record| Claims::of(record, None, &self.protected));
+        let (given, addresses) = claims
+            .map(|claims| (claims.prefixes, claims.addresses))
+            .unwrap_or_default();
+        Own {
+            pod_prefixes: self.local.pod_prefixes.clone().unwrap_or(given),
+            addresses,
+        }
+    }
+
+    /// Where the directory and this node disagree on this node.
+    fn own_problems(&self) -> Vec<Problem> {
+        let Some(own) = self.own.as_ref().filter(|_| self.own_listed) else {
+            return self
+                .local
+                .pod_prefixes
+                .is_none()
+                .then_some(Problem::LocalAbsent)
+                .into_iter()
+                .collect();
+        };
+        let mut problems = Vec::new();
+        let announced = own
+            .announcement
+            .as_deref()
+            .and_then(|raw| Announcement::parse(raw).ok());
+        if let Some(other) = announced.filter(|announced| announced.public_key != self.local.public_key) {
+            problems.push(Problem::LocalKey(other.public_key));
+        }
+        match &self.local.pod_prefixes {
+            Some(configured) => {
+                let unknown = own.pod_prefixes.iter().filter(|prefix| !configured.contains(prefix));
+                problems.extend(unknown.map(|&prefix| Problem::LocalPrefix(prefix)));
+            }
+            None => {
+                let reasons = Claims::of(own, None, &self.protected).reasons;
+                problems.extend(reasons.iter().map(|reason| Problem::LocalFlaw(reason.to_string())));
+            }
+        }
+        problems
+    }
+}
+
+/// The record without an announcement that is refused for its length anyway, and not worth its memory.
+fn bounded(mut record: Record) -> Record {
+    if let Some(raw) = record
+        .announcement
+        .as_mut()
+        .filter(|raw| raw.len() > Announcement::MAX_BYTES)
+    {
+        raw.clear();
+    }
+    record
 }
 
 fn peer(announcement: &Announcement, pod_prefixes: BTreeSet<Prefix>, addresses: Vec<IpAddr>) -> Peer {

@@ -81,7 +81,7 @@ fn the_key_is_in_nothing_that_leaves() {
     let local = Local {
         node: "me".parse().unwrap(),
         public_key: key.public,
-        pod_prefixes: BTreeSet::new(),
+        pod_prefixes: Some(BTreeSet::new()),
     };
     let mut directory = Directory::new(local, BTreeSet::new());
     directory.reset(vec![Ok(record.clone())]);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use shroud_keyd::announcement::{Backend, Mode};
-use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, Origin};
+use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, Origin, Own};
 use shroud_keyd::{Announcement, Directory, Local, Peer, Problem, Reason, Record, Refusal, Snapshot, Unreadable};
 use shroud_model::{InvalidKey, NodeName, Prefix, PublicKey};
 
@@ -34,7 +34,7 @@ fn directory() -> Directory {
     let local = Local {
         node: name("me"),
         public_key: key(1),
-        pod_prefixes: prefixes(&["10.244.0.0/24"]),
+        pod_prefixes: Some(prefixes(&["10.244.0.0/24"])),
     };
     Directory::new(local, prefixes(&["10.244.0.0/16", "fd00:10:244::/48"]))
 }
@@ -186,6 +186,10 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
 
     let expected = Snapshot {
         origin: Origin::Source,
+        own: Own {
+            pod_prefixes: prefixes(&["10.244.0.0/24"]),
+            addresses: Vec::new(),
+        },
         peers: BTreeMap::from([(
             name("a"),
             Peer {
@@ -427,7 +431,7 @@ fn prefixes_must_be_protected_and_not_absurdly_wide() {
     let local = Local {
         node: name("me"),
         public_key: key(1),
-        pod_prefixes: BTreeSet::new(),
+        pod_prefixes: Some(BTreeSet::new()),
     };
     let mut everything = Directory::new(local, wide);
     for (given, too_wide) in [
@@ -688,6 +692,71 @@ fn the_directorys_word_about_this_node_is_only_compared() {
         snapshot.problems,
         [Problem::LocalKey(key(7)), Problem::LocalPrefix(prefix("10.244.7.0/24"))]
     );
+}
+
+/// A directory that is the authority for the pod prefixes of `me`, too.
+fn giving_prefixes() -> Directory {
+    let local = Local {
+        node: name("me"),
+        public_key: key(1),
+        pod_prefixes: None,
+    };
+    Directory::new(local, prefixes(&["10.244.0.0/16", "fd00:10:244::/48"]))
+}
+
+#[test]
+fn a_directory_can_give_this_node_its_prefixes_and_addresses() {
+    let mut directory = giving_prefixes();
+
+    directory.reset(list(&[node("me", 1).pods(&["10.244.1.0/24", "10.9.0.0/24"])]));
+
+    let snapshot = snapshot(&directory);
+    let own = Own {
+        pod_prefixes: prefixes(&["10.244.1.0/24"]),
+        addresses: vec!["172.18.0.1".parse().unwrap()],
+    };
+    assert_eq!(snapshot.own, own);
+    let flaw = Reason::PrefixNotProtected(prefix("10.9.0.0/24"));
+    assert_eq!(snapshot.problems, [Problem::LocalFlaw(flaw.to_string())]);
+}
+
+#[test]
+fn this_node_keeps_the_prefixes_it_was_given_through_absence_and_restart() {
+    let mut directory = giving_prefixes();
+    directory.reset(list(&[node("me", 1)]));
+
+    directory.delete(&name("me"));
+    let gone = snapshot(&directory);
+    directory.reset(list(&[]));
+    let unlisted = snapshot(&directory);
+    let mut restarted = giving_prefixes();
+    restarted.restore(directory.memory());
+
+    for snapshot in [&gone, &unlisted] {
+        assert_eq!(snapshot.own.pod_prefixes, prefixes(&["10.244.1.0/24"]));
+        assert_eq!(snapshot.problems, [Problem::LocalAbsent]);
+    }
+    assert_eq!(snapshot(&restarted).own, gone.own);
+    assert_eq!(snapshot(&restarted).problems, []);
+
+    directory.apply(node("me", 1).pods(&["10.244.9.0/24"]).record());
+
+    assert_eq!(snapshot(&directory).own.pod_prefixes, prefixes(&["10.244.9.0/24"]));
+    assert_eq!(snapshot(&directory).problems, []);
+}
+
+#[test]
+fn nobody_takes_a_prefix_that_the_directory_gave_this_node() {
+    let mut directory = giving_prefixes();
+    directory.reset(list(&[node("a", 2).pods(&["10.244.1.0/25"])]));
+
+    directory.apply(node("me", 1).record());
+
+    let held = Reason::PrefixHeld {
+        prefix: prefix("10.244.1.0/25"),
+        holder: name("me"),
+    };
+    assert_eq!(snapshot(&directory).refused[&name("a")].reasons, [held]);
 }
 
 #[test]

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use shroud_ebpf::{Owner, Path as Way};
-use shroud_keyd::directory::{Origin, Refused};
+use shroud_keyd::directory::{Origin, Own, Refused};
 use shroud_keyd::{Peer, Reason};
 use shroud_model::PrivateKey;
 use shroud_routing::path_mtu::PathState;
@@ -477,6 +477,10 @@ directory: { file: { path: /nodes } }
             },
             snapshot: Snapshot {
                 origin: Origin::Source,
+                own: Own {
+                    pod_prefixes: prefixes(&["10.244.1.0/24", "fd00:10:244:1::/64"]),
+                    addresses: Vec::new(),
+                },
                 peers: BTreeMap::new(),
                 refused: BTreeMap::new(),
                 problems: Vec::new(),

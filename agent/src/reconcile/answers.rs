@@ -92,7 +92,7 @@ impl Reconciler {
             public_key: self.key.public,
             fingerprint: self.key.public.fingerprint(),
             addresses: last.plan.addresses.iter().copied().collect(),
-            pod_prefixes: self.config.pod_prefixes.iter().copied().collect(),
+            pod_prefixes: last.snapshot.own.pod_prefixes.iter().copied().collect(),
             routing: RoutingStatus {
                 mode: last.plan.mode.to_string(),
                 receives: last.plan.received.iter().map(ToString::to_string).collect(),

@@ -81,6 +81,8 @@ checks! {
     DirectoryNotSaved = "directory-not-saved",
     /// This node's own record is not out.
     DirectoryNotPublished = "directory-not-published",
+    /// The operator's deny list could not be read.
+    DenyListUnknown = "deny-list-unknown",
     /// No device leads to the underlay.
     NoUplink = "no-uplink",
     /// A configured uplink does not exist.

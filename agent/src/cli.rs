@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+use shroud_model::NodeName;
 
 /// What the process tells its caller. `docs/status.md` lists the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,9 @@ pub(crate) enum Command {
         /// The configuration file (YAML).
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// This node's name, instead of the configuration's.
+        #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+        node: Option<NodeName>,
         /// How log lines are written.
         #[arg(long, value_name = "FORMAT", default_value = "text")]
         log_format: LogFormat,

@@ -27,7 +27,9 @@ pub(crate) struct Config {
     #[serde(default = "host_name")]
     pub(crate) node: NodeName,
 
-    /// The ranges from which this node's pods have their addresses, IPv4 and IPv6. Every node needs its own.
+    /// The ranges from which this node's pods have their addresses, IPv4 and IPv6. Every node needs its own. May be left out where the
+    /// directory is `kubernetes`; then the Node's `spec.podCIDRs` count.
+    #[serde(default)]
     pub(crate) pod_prefixes: BTreeSet<Prefix>,
 
     /// All pod ranges of the mesh: traffic between two addresses in here never leaves a node in the clear, also when nobody knows
@@ -210,12 +212,14 @@ pub(crate) enum GateAttach {
     Clsact,
 }
 
-/// Where a node learns who is in the mesh.
+/// Where a node learns who is in the mesh: exactly one of these.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(crate) struct Directory {
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Directory {
     /// A folder with one announcement per node. Whoever can write there decides who is in the mesh.
-    pub(crate) file: DirectoryFile,
+    File(DirectoryFile),
+    /// The Node objects of a cluster. Its API server is the authority for names, addresses and pod prefixes.
+    Kubernetes(DirectoryKubernetes),
 }
 
 /// A folder as the directory.
@@ -228,6 +232,31 @@ pub(crate) struct DirectoryFile {
     /// Whether this node writes its own announcement there. Set to false when something else distributes the files.
     #[serde(default = "yes")]
     pub(crate) publish: bool,
+}
+
+/// A cluster as the directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(crate) struct DirectoryKubernetes {
+    /// The file with the API server's address and our credentials. `null`: those of the pod's ServiceAccount.
+    pub(crate) kubeconfig: Option<PathBuf>,
+
+    /// The ConfigMap, in the namespace of the credentials, that names nodes and keys to be kept out: each line of each of its values is a
+    /// node's name, a public key or a key's fingerprint, and a remark.
+    pub(crate) deny_list: String,
+
+    /// How long a watch may say nothing before it is opened anew. API servers send a sign of life every minute.
+    pub(crate) watch_idle: Interval,
+}
+
+impl Default for DirectoryKubernetes {
+    fn default() -> Self {
+        Self {
+            kubeconfig: None,
+            deny_list: "shroud-denied".to_owned(),
+            watch_idle: Interval::from_secs(150),
+        }
+    }
 }
 
 impl Default for Routing {
@@ -397,7 +426,7 @@ impl Config {
 
     /// What the types alone cannot say: how the knobs fit together.
     fn check(&self) -> Result<(), (&'static str, String, String)> {
-        if self.pod_prefixes.is_empty() {
+        if self.pod_prefixes.is_empty() && matches!(self.directory, Directory::File(_)) {
             return Err((
                 "podPrefixes",
                 "[]".to_owned(),
@@ -454,6 +483,13 @@ impl Config {
         if self.routing.vxlan_port == self.routing.geneve_port {
             let reason = "is also `routing.vxlanPort`; during a change of mode both are in use".to_owned();
             return Err(("routing.genevePort", self.routing.geneve_port.to_string(), reason));
+        }
+        if let Directory::Kubernetes(DirectoryKubernetes { watch_idle, .. }) = &self.directory
+            && watch_idle.is_zero()
+        {
+            let reason = "would open the watch anew all the time; give more than the minute between two signs of life"
+                .to_owned();
+            return Err(("directory.kubernetes.watchIdle", watch_idle.to_string(), reason));
         }
         if let Some(flaw) = self.cni.flaw() {
             return Err(("cni.name", self.cni.name.clone(), flaw.to_owned()));
@@ -564,6 +600,25 @@ directory: { file: { path: /etc/shroud/nodes } }
                     .chain([key.clone()])
             })
             .collect()
+    }
+
+    #[test]
+    fn in_kubernetes_the_smallest_configuration_names_the_protected_ranges() {
+        let config = parse("protected: [10.244.0.0/16]\ndirectory: { kubernetes: {} }").unwrap();
+
+        assert_eq!(config.pod_prefixes, BTreeSet::new());
+        assert_eq!(config.directory, Directory::Kubernetes(DirectoryKubernetes::default()));
+        assert_eq!(parse(&serde_saphyr::to_string(&config).unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn a_directory_is_one_thing() {
+        let text = refusal("directory: { file: { path: /nodes }, kubernetes: {} }");
+
+        assert_eq!(
+            text,
+            "shroud.yaml: `directory`: invalid value: map, expected map with a single key"
+        );
     }
 
     #[test]

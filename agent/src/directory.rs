@@ -1,39 +1,70 @@
-//! Keeps the directory: feeds it from its source and from the disk, hands snapshots on, and publishes this node's own record.
+//! Keeps the directory: feeds it from its source and from the disk, hands snapshots on, and publishes what this node says of itself.
 //!
 //! The last good directory is on disk, so that a restarted agent knows its peers at once. What the source says afterwards counts; when it
 //! says nothing, nothing changes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::pin::Pin;
 use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use shroud_keyd::announcement::Backend;
-use shroud_keyd::file::{self, Event, Source};
-use shroud_keyd::{Announcement, Directory, Local, Memory, Record, cache};
+use shroud_keyd::directory::Own;
+use shroud_keyd::kubernetes::{self, Telemetry};
+use shroud_keyd::{Announcement, Directory, Event, Local, Memory, Record, cache, file};
 use shroud_model::PublicKey;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep_until;
 use tracing::{info, warn};
 
 use crate::check::{Check, Problem};
-use crate::config::Config;
+use crate::config::{self, Config, DirectoryFile, DirectoryKubernetes};
 use crate::reconcile::{Mesh, Presence, Wake, wake};
 use crate::status::DirectoryStatus;
 
-/// The directory, its source, and where its snapshots go.
+/// What a source may have said before somebody takes it in.
+const EVENTS: usize = 256;
+/// The least time between two writes of the last good directory.
+const BETWEEN_SAVES: Duration = Duration::from_secs(1);
+/// How much longer than a write took the next one waits, so that a large directory on a slow disk costs a twentieth of it.
+const SAVING_SHARE: u32 = 20;
+
+/// The directory, and where its snapshots go.
 pub(crate) struct Keeper {
     config: Config,
     public_key: PublicKey,
     directory: Directory,
-    /// What was last written to the cache.
+    /// What was last written to the cache, and when the next may be.
     saved: Memory,
+    next_save: Instant,
     mesh: watch::Sender<Mesh>,
     /// What the source cannot do right now.
     source_problem: Option<String>,
     /// What the disk could not do.
     cache_problem: Option<String>,
-    /// Why this node's own record is not out.
+    /// Why what this node says of itself is not out.
     publish_problem: Option<String>,
+    /// How a cluster fares as the source.
+    telemetry: Telemetry,
+}
+
+/// A source at work.
+struct Feed {
+    events: mpsc::Receiver<Event>,
+    publisher: Publisher,
+    telemetry: watch::Receiver<Telemetry>,
+    /// The source's own work, where it is to be done here. It never ends.
+    work: Pin<Box<dyn Future<Output = ()>>>,
+}
+
+/// How what this node says of itself gets out.
+enum Publisher {
+    /// By writing a file.
+    File(DirectoryFile),
+    /// By telling the source what is to be on the Node.
+    Kubernetes(watch::Sender<Option<String>>),
 }
 
 /// The mesh before anything is known of it.
@@ -49,7 +80,13 @@ pub(crate) fn unknown(config: &Config) -> Mesh {
 }
 
 fn source_name(config: &Config) -> String {
-    format!("file {}", config.directory.file.path.display())
+    match &config.directory {
+        config::Directory::File(DirectoryFile { path, .. }) => format!("file {}", path.display()),
+        config::Directory::Kubernetes(DirectoryKubernetes { kubeconfig: None, .. }) => "kubernetes".to_owned(),
+        config::Directory::Kubernetes(DirectoryKubernetes {
+            kubeconfig: Some(path), ..
+        }) => format!("kubernetes {}", path.display()),
+    }
 }
 
 impl Keeper {
@@ -58,17 +95,19 @@ impl Keeper {
         let local = Local {
             node: config.node.clone(),
             public_key,
-            pod_prefixes: Some(config.pod_prefixes.clone()),
+            pod_prefixes: (!config.pod_prefixes.is_empty()).then(|| config.pod_prefixes.clone()),
         };
         let mut keeper = Self {
             config: config.clone(),
             public_key,
             directory: Directory::new(local, config.protected.clone()),
             saved: Memory::default(),
+            next_save: Instant::now(),
             mesh,
             source_problem: None,
             cache_problem: None,
             publish_problem: None,
+            telemetry: Telemetry::default(),
         };
         match cache::load(&config.state_dir) {
             Ok(Some(memory)) => {
@@ -88,26 +127,80 @@ impl Keeper {
         keeper
     }
 
-    /// Follows the source, and publishes this node's record whenever it changes. Ends only by an error.
+    /// Follows the source, and publishes what this node says of itself whenever it changes. Ends only by an error.
     pub(crate) async fn run(
         mut self,
         mut presence: watch::Receiver<Option<Presence>>,
         wakes: SyncSender<Wake>,
     ) -> anyhow::Result<()> {
-        let source = Source::new(&self.config.directory.file.path).context("follow the directory's folder")?;
-        let (mut events, _thread) = source.spawn().context("follow the directory's folder")?;
+        let Feed {
+            mut events,
+            publisher,
+            mut telemetry,
+            mut work,
+        } = self.feed()?;
+        let mut unsaved = false;
         loop {
             tokio::select! {
-                event = events.recv() => self.take(event.context("the thread that follows the folder ended")?),
+                event = events.recv() => {
+                    self.take(event.context("whoever follows the directory's source ended")?);
+                    while let Ok(event) = events.try_recv() {
+                        self.take(event);
+                    }
+                    unsaved = true;
+                }
                 changed = presence.changed() => changed.context("the reconcile thread is gone")?,
+                Ok(()) = telemetry.changed() => self.telemetry = telemetry.borrow_and_update().clone(),
+                () = sleep_until(self.next_save.into()), if unsaved => {}
+                () = &mut work => anyhow::bail!("the directory's source ended by itself"),
             }
             let known = presence.borrow_and_update().clone();
             if let Some(presence) = known.filter(|presence| !presence.addresses.is_empty()) {
-                self.publish(&presence);
+                self.publish(&publisher, &presence);
             }
-            self.save();
+            if unsaved && Instant::now() >= self.next_save {
+                self.save();
+                unsaved = false;
+            }
             if self.tell() {
                 wake(&wakes)?;
+            }
+        }
+    }
+
+    /// Opens the configured source.
+    fn feed(&self) -> anyhow::Result<Feed> {
+        let (telemetry_sender, telemetry) = watch::channel(Telemetry::default());
+        match &self.config.directory {
+            config::Directory::File(folder) => {
+                let source = file::Source::new(&folder.path).context("follow the directory's folder")?;
+                let (events, _thread) = source.spawn().context("follow the directory's folder")?;
+                Ok(Feed {
+                    events,
+                    publisher: Publisher::File(folder.clone()),
+                    telemetry,
+                    work: Box::pin(async move {
+                        let _never_used = telemetry_sender;
+                        std::future::pending().await
+                    }),
+                })
+            }
+            config::Directory::Kubernetes(cluster) => {
+                let options = kubernetes::Options {
+                    node: self.config.node.clone(),
+                    kubeconfig: cluster.kubeconfig.clone(),
+                    deny_list: cluster.deny_list.clone(),
+                    watch_idle: *cluster.watch_idle,
+                    bridged: self.directory.snapshot().is_some(),
+                };
+                let (sender, events) = mpsc::channel(EVENTS);
+                let (announcement, wanted) = watch::channel(None);
+                Ok(Feed {
+                    events,
+                    publisher: Publisher::Kubernetes(announcement),
+                    telemetry,
+                    work: Box::pin(kubernetes::run(options, sender, wanted, telemetry_sender)),
+                })
             }
         }
     }
@@ -118,34 +211,56 @@ impl Keeper {
                 self.source_problem = None;
                 self.directory.reset(list);
             }
-            Event::Problem(problem) => {
+            Event::Applied(record) => self.directory.apply(record),
+            Event::Deleted(node) => self.directory.delete(&node),
+            Event::Denied(denied) => self.directory.deny(denied),
+            Event::Silent(problem) => {
                 if self.source_problem.as_deref() != Some(&problem) {
                     warn!(problem, "the directory's source is silent; what is known stays");
                 }
                 self.source_problem = Some(problem);
             }
+            Event::Answers => {
+                info!("the directory's source answers again");
+                self.source_problem = None;
+            }
         }
     }
 
-    /// Writes this node's record into the folder, if it differs from what is there, so that a record somebody removed comes back. While
-    /// the folder is away nothing is written: it might be the empty place below a mount.
-    fn publish(&mut self, presence: &Presence) {
-        if self.source_problem.is_some() || !self.config.directory.file.publish {
-            return;
-        }
-        let record = record(&self.config, self.public_key, presence);
-        self.publish_problem = match file::publish(&self.config.directory.file.path, &record) {
-            Ok(_) => None,
-            Err(error) => {
-                let problem = format!("{:#}", anyhow::Error::new(error));
-                warn!(problem, "cannot publish this node's record");
-                Some(problem)
+    /// Gets out what this node says of itself, if it differs from what is there, so that what somebody removed comes back. While a folder
+    /// is away nothing is written: it might be the empty place below a mount.
+    fn publish(&mut self, publisher: &Publisher, presence: &Presence) {
+        match publisher {
+            Publisher::File(folder) => {
+                if self.source_problem.is_some() || !folder.publish {
+                    return;
+                }
+                let record = record(&self.config, self.public_key, presence);
+                self.publish_problem = match file::publish(&folder.path, &record) {
+                    Ok(_) => None,
+                    Err(error) => {
+                        let problem = format!("{:#}", anyhow::Error::new(error));
+                        warn!(problem, "cannot publish this node's record");
+                        Some(problem)
+                    }
+                };
             }
-        };
+            Publisher::Kubernetes(wanted) => {
+                let own = self.directory.snapshot().map(|snapshot| snapshot.own.clone());
+                let addresses = believed(presence, &own.unwrap_or_default());
+                let announcement = announcement(&self.config, self.public_key, presence, addresses).to_json();
+                wanted.send_if_modified(|wanted| {
+                    let differs = wanted.as_ref() != Some(&announcement);
+                    *wanted = Some(announcement);
+                    differs
+                });
+            }
+        }
     }
 
     /// Keeps what the next run should remember.
     fn save(&mut self) {
+        let begun = Instant::now();
         let memory = self.directory.memory();
         if memory == self.saved {
             return;
@@ -157,6 +272,7 @@ impl Keeper {
             }
             Err(error) => Some(format!("{:#}", anyhow::Error::new(error))),
         };
+        self.next_save = Instant::now() + BETWEEN_SAVES.max(begun.elapsed() * SAVING_SHARE);
     }
 
     /// Hands the snapshot on, and answers whether it says anything new.
@@ -171,6 +287,8 @@ impl Keeper {
             (Check::DirectorySilent, &self.source_problem),
             (Check::DirectoryNotSaved, &self.cache_problem),
             (Check::DirectoryNotPublished, &self.publish_problem),
+            (Check::DirectoryNotPublished, &self.telemetry.unpublished),
+            (Check::DenyListUnknown, &self.telemetry.no_deny_list),
         ];
         let own = own
             .into_iter()
@@ -192,15 +310,38 @@ impl Keeper {
     }
 }
 
-/// What this node says of itself.
-fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record {
-    let listen_port = NonZeroU16::new(config.encryption.listen_port).expect("checked when the configuration was read");
-    let endpoints = presence
+/// The addresses that others will believe: those the directory has of this node too, or all while it has none.
+fn believed(presence: &Presence, own: &Own) -> Vec<IpAddr> {
+    let listed = own
         .addresses
         .iter()
+        .filter(|address| presence.addresses.contains(*address));
+    let listed: Vec<IpAddr> = listed.copied().collect();
+    if listed.is_empty() {
+        presence.addresses.iter().copied().collect()
+    } else {
+        listed
+    }
+}
+
+/// What this node says of itself, and in a folder also what an authority would.
+fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record {
+    let addresses: Vec<IpAddr> = presence.addresses.iter().copied().collect();
+    Record {
+        node: config.node.clone(),
+        addresses: addresses.clone(),
+        pod_prefixes: config.pod_prefixes.iter().copied().collect(),
+        announcement: Some(announcement(config, public_key, presence, addresses).to_json()),
+    }
+}
+
+fn announcement(config: &Config, public_key: PublicKey, presence: &Presence, addresses: Vec<IpAddr>) -> Announcement {
+    let listen_port = NonZeroU16::new(config.encryption.listen_port).expect("checked when the configuration was read");
+    let endpoints = addresses
+        .into_iter()
         .take(Announcement::MAX_ENDPOINTS)
-        .map(|address| SocketAddr::new(*address, listen_port.get()));
-    let announcement = Announcement {
+        .map(|address| SocketAddr::new(address, listen_port.get()));
+    Announcement {
         public_key,
         listen_port,
         endpoints: endpoints.collect(),
@@ -213,11 +354,5 @@ fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record
         overlays: presence.overlays.clone(),
         routable: config.routing.routable,
         encrypts_nodes: config.encrypt.nodes,
-    };
-    Record {
-        node: config.node.clone(),
-        addresses: presence.addresses.iter().copied().collect(),
-        pod_prefixes: config.pod_prefixes.iter().copied().collect(),
-        announcement: Some(announcement.to_json()),
     }
 }

@@ -22,6 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use shroud_model::NodeName;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, ConfigCommand, Exit, LogFormat, Output, View};
@@ -35,7 +36,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Exit {
     match command {
-        Command::Agent { config, log_format } => agent(&config, log_format),
+        Command::Agent {
+            config,
+            node,
+            log_format,
+        } => agent(&config, node, log_format),
         Command::Wire { device, socket_dir } => wire(device, socket_dir),
         Command::Status(view) => status(&view),
         Command::Peers(view) => peers(&view),
@@ -55,11 +60,14 @@ fn run(command: Command) -> Exit {
     }
 }
 
-fn agent(file: &Path, format: LogFormat) -> Exit {
-    let config = match Config::load(file) {
+fn agent(file: &Path, node: Option<NodeName>, format: LogFormat) -> Exit {
+    let mut config = match Config::load(file) {
         Ok(config) => config,
         Err(refused) => return complain(&refused, Exit::Usage),
     };
+    if let Some(node) = node {
+        config.node = node;
+    }
     log_to_stderr(format, "info");
     match daemon::run(config) {
         Ok(()) => Exit::Healthy,

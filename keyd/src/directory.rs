@@ -31,7 +31,7 @@ use thiserror::Error;
 use self::ranges::Ranges;
 use self::verify::{Claims, first_other};
 use crate::announcement::{Backend, Mode};
-use crate::{Announcement, Record, Refusal, Unreadable};
+use crate::{Announcement, Excerpt, Record, Refusal, Unreadable};
 
 /// The most nodes a directory keeps, this one not counted.
 pub const MAX_NODES: usize = 10_000;
@@ -122,6 +122,14 @@ pub struct Snapshot {
 /// Why a node is refused. Safe to print.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Reason {
+    /// The operator keeps it out.
+    #[error("the deny list has its {what}{}", in_brackets(.remark))]
+    Denied {
+        /// `name` or `key`.
+        what: &'static str,
+        /// What the operator wrote beside it.
+        remark: Excerpt,
+    },
     /// It has announced nothing yet, or withdrawn it.
     #[error("it announces no key")]
     NoAnnouncement,
@@ -264,6 +272,9 @@ pub enum Problem {
     /// The directory gives this node something that cannot be used.
     #[error("this node's own record: {0}")]
     LocalFlaw(String),
+    /// The operator keeps this node out.
+    #[error("the deny list has this node's {0}: no other node sends to it or believes it")]
+    LocalDenied(&'static str),
 }
 
 /// What must outlive the process: the records, who was first, and which epochs were seen.
@@ -281,6 +292,9 @@ pub struct Memory {
     /// Who holds which underlay address.
     #[serde(default)]
     pub addresses: BTreeMap<IpAddr, NodeName>,
+    /// Who is kept out: names, keys and fingerprints, each with a remark.
+    #[serde(default)]
+    pub denied: BTreeMap<String, String>,
 }
 
 /// The index. Feed it with what sources say and take [`Snapshot`]s.
@@ -295,6 +309,7 @@ pub struct Directory {
     keys: BTreeMap<NodeName, PublicKey>,
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
+    denied: BTreeMap<String, String>,
     unreadable: BTreeSet<Unreadable>,
     brake: Option<Brake>,
     left_out: usize,
@@ -335,6 +350,7 @@ impl Directory {
             keys: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            denied: BTreeMap::new(),
             unreadable: BTreeSet::new(),
             brake: None,
             left_out: 0,
@@ -348,6 +364,7 @@ impl Directory {
         self.keys = memory.keys;
         self.prefixes = memory.prefixes;
         self.addresses = memory.addresses;
+        self.denied = memory.denied;
         for record in memory.records {
             let seen = memory.epochs.get(&record.node).copied();
             self.enter(record, seen);
@@ -374,6 +391,7 @@ impl Directory {
             prefixes: self.prefixes.clone(),
             epochs: epochs.collect(),
             addresses: self.addresses.clone(),
+            denied: self.denied.clone(),
         }
     }
 
@@ -397,8 +415,17 @@ impl Directory {
         self.settle();
     }
 
-    /// Takes one node's record. Before the first complete list it is only kept.
-    pub fn apply(&mut self, record: Record) {
+    /// Takes one node's record, or that it cannot be read; then what was known of the node stays. Before the first complete list it is only
+    /// kept.
+    pub fn apply(&mut self, record: Result<Record, Unreadable>) {
+        let record = match record {
+            Ok(record) => record,
+            Err(bad) => {
+                self.unreadable.retain(|known| known.node != bad.node);
+                self.unreadable.insert(bad);
+                return self.settle();
+            }
+        };
         let settled = self.unreadable.is_empty() && self.brake.is_none();
         self.unreadable.retain(|bad| bad.node.as_ref() != Some(&record.node));
         self.release_brake(&record.node);
@@ -413,6 +440,13 @@ impl Directory {
         self.unreadable.retain(|bad| bad.node.as_ref() != Some(node));
         self.release_brake(node);
         self.forget(node);
+        self.settle();
+    }
+
+    /// Takes the operator's complete deny list: names of nodes, their keys or the keys' fingerprints, each with a remark. Who is on it is
+    /// refused at once, whatever its claims.
+    pub fn deny(&mut self, denied: BTreeMap<String, String>) {
+        self.denied = denied;
         self.settle();
     }
 
@@ -495,8 +529,19 @@ impl Directory {
                 .claims
                 .reasons
                 .iter()
-                .chain(entry.claims.announcement.as_ref().err());
-            reasons.insert(node.clone(), own.cloned().collect());
+                .chain(entry.claims.announcement.as_ref().err())
+                .cloned();
+            let key = entry
+                .claims
+                .announcement
+                .as_ref()
+                .ok()
+                .map(|announced| announced.public_key);
+            let denied = self.denial(node, key).map(|(what, remark)| Reason::Denied {
+                what,
+                remark: Excerpt::of(remark),
+            });
+            reasons.insert(node.clone(), denied.into_iter().chain(own).collect());
         }
         for (node, reason) in self.settle_keys().into_iter().chain(self.settle_prefixes()) {
             reasons.entry(node).or_default().push(reason);
@@ -718,6 +763,8 @@ impl Directory {
         if self.origin == Some(Origin::Source) {
             problems.extend(self.own_problems());
         }
+        let denied = self.denial(&self.local.node, Some(self.local.public_key));
+        problems.extend(denied.map(|(what, _)| Problem::LocalDenied(what)));
         problems.into_iter().collect()
     }
 
@@ -734,6 +781,20 @@ impl Directory {
             pod_prefixes: self.local.pod_prefixes.clone().unwrap_or(given),
             addresses,
         }
+    }
+
+    /// By what a node is on the deny list, and the remark beside it.
+    fn denial(&self, node: &NodeName, key: Option<PublicKey>) -> Option<(&'static str, &str)> {
+        if self.denied.is_empty() {
+            return None;
+        }
+        let listed = |text: &str| self.denied.get(text).map(String::as_str);
+        let by_name = listed(node.as_str()).map(|remark| ("name", remark));
+        by_name.or_else(|| {
+            let key = key?;
+            let remark = listed(&key.fingerprint()).or_else(|| listed(&key.to_string()));
+            remark.map(|remark| ("key", remark))
+        })
     }
 
     /// Where the directory and this node disagree on this node.
@@ -849,6 +910,16 @@ fn names(nodes: &BTreeSet<NodeName>) -> String {
         shown.push("...");
     }
     shown.join(", ")
+}
+
+/// ` (remark)`, or nothing.
+fn in_brackets(remark: &Excerpt) -> String {
+    let remark = remark.to_string();
+    if remark.is_empty() {
+        remark
+    } else {
+        format!(" ({remark})")
+    }
 }
 
 /// `node a: `, or nothing.

@@ -21,7 +21,7 @@ use shroud_model::NodeName;
 use tokio::sync::mpsc;
 
 use crate::folder::{Entry, Existing, Folder, failed, io_error};
-use crate::{Error, Excerpt, Record, Refusal, Unreadable};
+use crate::{Error, Event, Excerpt, Record, Refusal, Unreadable};
 
 /// The most files a folder may hold; one that holds more is silence, because its list would not be complete.
 pub const MAX_FILES: usize = 20_000;
@@ -38,15 +38,6 @@ const RETRY: Duration = Duration::from_secs(1);
 const LISTENER: Duration = Duration::from_millis(500);
 
 const SUFFIX: &str = ".json";
-
-/// What the folder says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// The complete list, in the order of the file names; for [`Directory::reset`](crate::Directory::reset). Ends an earlier problem.
-    Listed(Vec<Result<Record, Unreadable>>),
-    /// The folder cannot be listed; what was known stays. Said once, not again while it lasts.
-    Problem(String),
-}
 
 /// Whether [`publish`] had anything to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,7 +185,7 @@ impl Source {
                     return None;
                 }
                 self.problem = Some(problem.clone());
-                Some(Event::Problem(problem))
+                Some(Event::Silent(problem))
             }
         }
     }

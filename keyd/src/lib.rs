@@ -22,8 +22,10 @@ mod error;
 pub mod file;
 mod folder;
 pub mod key;
+pub mod kubernetes;
 pub mod record;
 mod refusal;
+mod source;
 
 pub use announcement::Announcement;
 pub use directory::{Directory, Local, Memory, Peer, Problem, Reason, Refused, Snapshot};
@@ -31,3 +33,7 @@ pub use error::Error;
 pub use key::NodeKey;
 pub use record::{Record, Unreadable};
 pub use refusal::{Excerpt, Refusal};
+pub use source::Event;
+
+/// The annotation on a Node object that holds the node's announcement.
+pub const ANNOTATION: &str = "shroud.dev/node";

@@ -5,7 +5,7 @@ use std::fmt;
 use shroud_model::InvalidKey;
 use thiserror::Error;
 
-/// A stranger's text, safe to print: at most 48 of its characters, everything but printable ASCII escaped.
+/// A stranger's text, safe to print: the beginning of it, everything but printable ASCII escaped.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Excerpt(String);
 
@@ -15,8 +15,19 @@ impl Excerpt {
 
     /// Takes the beginning of a text.
     pub fn of(text: &str) -> Self {
-        let mut shown: String = text.chars().take(Self::SHOWN).flat_map(char::escape_default).collect();
-        if text.chars().nth(Self::SHOWN).is_some() {
+        Self::up_to(text, Self::SHOWN)
+    }
+
+    /// Takes more of a text that has more to say, such as the message of a server we trust.
+    pub(crate) fn up_to(text: &str, limit: usize) -> Self {
+        let escaped = |c: char| -> String {
+            match c {
+                '"' | '\'' => c.to_string(),
+                _ => c.escape_default().collect(),
+            }
+        };
+        let mut shown: String = text.chars().take(limit).map(escaped).collect();
+        if text.chars().nth(limit).is_some() {
             shown.push_str("...");
         }
         Self(shown)

@@ -24,6 +24,7 @@ fn memory() -> Memory {
         prefixes: BTreeMap::from([("10.244.1.0/24".parse().unwrap(), node.clone())]),
         epochs: BTreeMap::from([(node.clone(), u64::MAX)]),
         addresses: BTreeMap::from([("fd18::2".parse().unwrap(), node)]),
+        denied: BTreeMap::from([("node-x".to_owned(), "stolen".to_owned())]),
     }
 }
 

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use shroud_keyd::announcement::{Backend, Mode};
 use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, Origin, Own};
-use shroud_keyd::{Announcement, Directory, Local, Peer, Problem, Reason, Record, Refusal, Snapshot, Unreadable};
+use shroud_keyd::{
+    Announcement, Directory, Excerpt, Local, Peer, Problem, Reason, Record, Refusal, Snapshot, Unreadable,
+};
 use shroud_model::{InvalidKey, NodeName, Prefix, PublicKey};
 
 fn name(text: &str) -> NodeName {
@@ -179,7 +181,7 @@ fn refused<const N: usize>(expected: [(&str, Reason, &[&str]); N]) -> BTreeMap<S
 #[test]
 fn there_is_no_snapshot_before_the_first_complete_list() {
     let mut directory = directory();
-    directory.apply(node("a", 2).record());
+    directory.apply(Ok(node("a", 2).record()));
     assert_eq!(directory.snapshot(), None);
 
     directory.reset(list(&[node("a", 2)]));
@@ -311,7 +313,7 @@ fn two_that_come_at_once_are_both_refused() {
 fn the_survivor_of_a_contest_is_served_when_its_rival_gives_up() {
     let mut directory = after(&[&[node("a", 2).key(9), node("b", 3).key(9)]]);
 
-    directory.apply(node("b", 3).record());
+    directory.apply(Ok(node("b", 3).record()));
 
     assert_eq!(view(&directory), (peers([("a", 9), ("b", 3)]), refused([])));
 }
@@ -394,8 +396,8 @@ fn a_refused_node_keeps_its_addresses_fenced_only_if_it_ever_had_a_key() {
 fn a_spoiled_announcement_does_not_set_the_key_free() {
     let mut directory = after(&[&[node("a", 2), node("b", 3)]]);
 
-    directory.apply(node("a", 2).silent().record());
-    directory.apply(node("b", 3).key(2).record());
+    directory.apply(Ok(node("a", 2).silent().record()));
+    directory.apply(Ok(node("b", 3).key(2).record()));
 
     let reason = Reason::KeyHeld {
         key: key(2),
@@ -404,7 +406,7 @@ fn a_spoiled_announcement_does_not_set_the_key_free() {
     let fenced: &[&str] = &["10.244.3.0/24"];
     let expected = refused([("a", Reason::NoAnnouncement, &["10.244.2.0/24"]), ("b", reason, fenced)]);
     assert_eq!(view(&directory), (peers([]), expected));
-    directory.apply(node("a", 2).record());
+    directory.apply(Ok(node("a", 2).record()));
     assert!(snapshot(&directory).peers.contains_key(&name("a")));
 }
 
@@ -412,8 +414,8 @@ fn a_spoiled_announcement_does_not_set_the_key_free() {
 fn a_new_key_sets_the_old_one_free() {
     let mut directory = after(&[&[node("a", 2), node("b", 3)]]);
 
-    directory.apply(node("a", 2).key(8).epoch(2).record());
-    directory.apply(node("c", 4).key(2).record());
+    directory.apply(Ok(node("a", 2).key(8).epoch(2).record()));
+    directory.apply(Ok(node("c", 4).key(2).record()));
 
     assert_eq!(view(&directory), (peers([("a", 8), ("b", 3), ("c", 2)]), refused([])));
 }
@@ -531,9 +533,9 @@ fn an_endpoint_must_be_one_of_the_nodes_own_addresses_on_the_underlay() {
 #[test]
 fn an_old_announcement_is_not_believed_again() {
     let mut directory = after(&[&[node("a", 2)]]);
-    directory.apply(node("a", 2).key(8).epoch(2).record());
+    directory.apply(Ok(node("a", 2).key(8).epoch(2).record()));
 
-    directory.apply(node("a", 2).record());
+    directory.apply(Ok(node("a", 2).record()));
 
     let reason = Reason::Replay { epoch: 1, seen: 2 };
     let expected = (peers([]), refused([("a", reason, &["10.244.2.0/24"])]));
@@ -548,7 +550,7 @@ fn an_old_announcement_is_not_believed_again() {
 
     // But a node that was gone is a new node.
     restarted.delete(&name("a"));
-    restarted.apply(node("a", 2).record());
+    restarted.apply(Ok(node("a", 2).record()));
     assert_eq!(view(&restarted), (peers([("a", 2)]), refused([])));
 }
 
@@ -739,7 +741,7 @@ fn this_node_keeps_the_prefixes_it_was_given_through_absence_and_restart() {
     assert_eq!(snapshot(&restarted).own, gone.own);
     assert_eq!(snapshot(&restarted).problems, []);
 
-    directory.apply(node("me", 1).pods(&["10.244.9.0/24"]).record());
+    directory.apply(Ok(node("me", 1).pods(&["10.244.9.0/24"]).record()));
 
     assert_eq!(snapshot(&directory).own.pod_prefixes, prefixes(&["10.244.9.0/24"]));
     assert_eq!(snapshot(&directory).problems, []);
@@ -750,13 +752,67 @@ fn nobody_takes_a_prefix_that_the_directory_gave_this_node() {
     let mut directory = giving_prefixes();
     directory.reset(list(&[node("a", 2).pods(&["10.244.1.0/25"])]));
 
-    directory.apply(node("me", 1).record());
+    directory.apply(Ok(node("me", 1).record()));
 
     let held = Reason::PrefixHeld {
         prefix: prefix("10.244.1.0/25"),
         holder: name("me"),
     };
     assert_eq!(snapshot(&directory).refused[&name("a")].reasons, [held]);
+}
+
+#[test]
+fn a_node_whose_record_becomes_unreadable_stays_as_it_was() {
+    let mut directory = after(&[&[node("a", 2)]]);
+    let bad = Unreadable {
+        node: Some(name("a")),
+        reason: "torn".to_owned(),
+    };
+
+    directory.apply(Err(bad));
+
+    assert!(snapshot(&directory).peers.contains_key(&name("a")));
+    assert_eq!(snapshot(&directory).problems.len(), 1);
+
+    directory.apply(Ok(node("a", 2).record()));
+
+    assert_eq!(snapshot(&directory).problems, []);
+}
+
+#[test]
+fn the_deny_list_shuts_out_names_keys_and_fingerprints_at_once_and_outlives_a_restart() {
+    for (entry, what) in [
+        ("a".to_owned(), "name"),
+        (key(2).to_string(), "key"),
+        (key(2).fingerprint(), "key"),
+    ] {
+        let mut directory = after(&[&[node("a", 2), node("b", 3)]]);
+
+        directory.deny(BTreeMap::from([(entry.clone(), "stolen".to_owned())]));
+
+        let denied = Reason::Denied {
+            what,
+            remark: Excerpt::of("stolen"),
+        };
+        let expected = (peers([("b", 3)]), refused([("a", denied, &["10.244.2.0/24"])]));
+        assert_eq!(view(&directory), expected, "{entry}");
+        let mut restarted = self::directory();
+        restarted.restore(directory.memory());
+        assert_eq!(view(&restarted), expected, "{entry}");
+
+        directory.deny(BTreeMap::new());
+
+        assert_eq!(view(&directory).0, peers([("a", 2), ("b", 3)]));
+    }
+}
+
+#[test]
+fn a_denied_node_is_told_so_itself() {
+    let mut directory = after(&[&[]]);
+
+    directory.deny(BTreeMap::from([("me".to_owned(), String::new())]));
+
+    assert_eq!(snapshot(&directory).problems, [Problem::LocalDenied("name")]);
 }
 
 #[test]
@@ -792,7 +848,7 @@ fn an_unchanged_directory_keeps_its_snapshot() {
     let mut directory = after(&[&[node("a", 2)]]);
     let before = snapshot(&directory);
 
-    directory.apply(node("a", 2).record());
+    directory.apply(Ok(node("a", 2).record()));
     directory.reset(list(&[node("a", 2)]));
 
     assert!(Arc::ptr_eq(&before, &snapshot(&directory)));
@@ -849,7 +905,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn take(directory: &mut Directory, step: Step) {
     match step {
-        Step::Apply(record) => directory.apply(record),
+        Step::Apply(record) => directory.apply(Ok(record)),
         Step::Delete(node) => directory.delete(&node),
         Step::Reset(list) => directory.reset(list),
         Step::Restart => {
@@ -913,7 +969,7 @@ proptest! {
         directory.reset(Vec::new());
 
         for host in order {
-            directory.apply(node(&format!("n{host}"), host).record());
+            directory.apply(Ok(node(&format!("n{host}"), host).record()));
         }
 
         let mut listed = crate::directory();

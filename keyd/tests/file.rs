@@ -7,7 +7,8 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use shroud_keyd::file::{Event, MAX_FILES, Published, Source, publish};
+use shroud_keyd::Event;
+use shroud_keyd::file::{MAX_FILES, Published, Source, publish};
 use shroud_keyd::{Record, Unreadable};
 use tempfile::TempDir;
 
@@ -177,17 +178,17 @@ fn a_folder_that_goes_is_silence_and_one_that_comes_back_is_read() {
     fs::remove_dir_all(&folder).unwrap();
     // The files may be seen going one by one before the folder does.
     let problem = std::iter::repeat_with(|| source.wait(SOON).expect("the loss is told"))
-        .find(|event| matches!(event, Event::Problem(_)));
+        .find(|event| matches!(event, Event::Silent(_)));
     assert_eq!(
         problem,
-        Some(Event::Problem(
+        Some(Event::Silent(
             format!("stat {}: No such file or directory (os error 2)", folder.display()).replace("stat", "open folder")
         ))
     );
     assert_eq!(source.wait(A_WHILE), None, "a problem is told once");
 
     fs::create_dir(&folder).unwrap();
-    let Some(Event::Problem(problem)) = source.wait(SOON) else {
+    let Some(Event::Silent(problem)) = source.wait(SOON) else {
         panic!("an empty new folder is not a list")
     };
     assert!(problem.contains("another folder than before, and empty"), "{problem}");
@@ -211,7 +212,7 @@ fn an_unmounted_folder_is_silence() {
     drop(mounted);
 
     // A lazily unmounted file system tells nothing; the timer finds out.
-    let Some(Event::Problem(problem)) = source.wait(Duration::from_secs(20)) else {
+    let Some(Event::Silent(problem)) = source.wait(Duration::from_secs(20)) else {
         panic!("no problem")
     };
     assert!(problem.contains("another folder than before, and empty"), "{problem}");
@@ -312,12 +313,12 @@ fn a_folder_with_too_many_files_is_silence() {
     }
 
     let last = std::iter::repeat_with(|| source.wait(SOON).expect("the flood is told"))
-        .find(|event| matches!(event, Event::Problem(_)));
+        .find(|event| matches!(event, Event::Silent(_)));
     let told = format!(
         "{} holds more than 20000 files; what was known stays until some are removed",
         folder.display()
     );
-    assert_eq!(last, Some(Event::Problem(told)));
+    assert_eq!(last, Some(Event::Silent(told)));
 }
 
 #[test]

@@ -1,0 +1,320 @@
+//! One exchange with an API server: who it is, what it answered, and how it failed. Never decides when to ask again.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt as _, Limited};
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::{Body, ConfigExt as _};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::{Client, Config};
+use serde::Deserialize;
+use tokio::sync::Mutex;
+use tower::ServiceBuilder;
+
+use crate::refusal::Excerpt;
+
+/// How long a connection may take to be made, its TLS handshake not counted.
+const CONNECT: Duration = Duration::from_secs(10);
+/// How long an answer may take. An API server itself gives up after a minute.
+const ANSWER: Duration = Duration::from_secs(70);
+/// How soon the kernel notices a server that went away without a word: 15 s of silence, then three probes.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(15), Duration::from_secs(5), 3);
+/// The longest answer that is read, in bytes: a page of Nodes is a tenth of it.
+const LONGEST_ANSWER: usize = 64 << 20;
+/// How much of an error's answer is read.
+const LONGEST_ERROR: usize = 64 << 10;
+
+/// An API server, and who we are to it.
+pub(super) struct Api {
+    kubeconfig: Option<PathBuf>,
+    connected: Mutex<Option<Connected>>,
+}
+
+/// A client that has read its credentials.
+#[derive(Clone)]
+struct Connected {
+    client: Client,
+    namespace: String,
+}
+
+/// How an exchange failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) kind: FailureKind,
+    /// What the server asked us to wait.
+    pub(super) retry_after: Option<Duration>,
+    /// What was attempted, what was answered, and what helps. Safe to print.
+    pub(super) says: String,
+}
+
+/// The kinds of failure that are told apart, by what has to be done about them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FailureKind {
+    /// The credentials could not be read.
+    Credentials,
+    /// No connection, or it broke off.
+    Unreachable,
+    /// No answer in time.
+    Silent,
+    /// 401: the token is not, or no longer, valid.
+    Unauthorized,
+    /// 403: known, and not allowed.
+    Forbidden,
+    /// 404.
+    NotFound,
+    /// 409: somebody else was there.
+    Conflict,
+    /// 410: what was asked for is too old.
+    Expired,
+    /// 429: too many requests, or a server that stops.
+    Busy,
+    /// 5xx, or any other status that is none of the above.
+    Server,
+    /// An answer that makes no sense.
+    Malformed,
+}
+
+impl FailureKind {
+    /// A word for it that stays, for metrics.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Credentials => "credentials",
+            Self::Unreachable => "unreachable",
+            Self::Silent => "silent",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not-found",
+            Self::Conflict => "conflict",
+            Self::Expired => "expired",
+            Self::Busy => "busy",
+            Self::Server => "server",
+            Self::Malformed => "malformed",
+        }
+    }
+
+    fn of(status: u16) -> Self {
+        match status {
+            401 => Self::Unauthorized,
+            403 => Self::Forbidden,
+            404 => Self::NotFound,
+            409 => Self::Conflict,
+            410 => Self::Expired,
+            429 => Self::Busy,
+            _ => Self::Server,
+        }
+    }
+
+    /// What an operator can do about it, to end a sentence with.
+    fn hint(self) -> &'static str {
+        match self {
+            Self::Unauthorized => "; is the token of this cluster, and not expired?",
+            Self::Forbidden => "; give the agent's ServiceAccount the rights that deploy/ lists",
+            Self::Credentials
+            | Self::Unreachable
+            | Self::Silent
+            | Self::NotFound
+            | Self::Conflict
+            | Self::Expired
+            | Self::Busy
+            | Self::Server
+            | Self::Malformed => "",
+        }
+    }
+}
+
+impl Failure {
+    pub(super) fn new(kind: FailureKind, attempt: &str, why: impl std::fmt::Display) -> Self {
+        Self {
+            kind,
+            retry_after: None,
+            says: format!("{attempt}: {why}{}", kind.hint()),
+        }
+    }
+
+    /// The failure that a Status object (meta/v1) tells of.
+    pub(super) fn of_status(attempt: &str, status: &Status) -> Self {
+        let message = Excerpt::up_to(&status.message, LONGEST_MESSAGE);
+        Self::new(
+            FailureKind::of(status.code),
+            attempt,
+            format_args!("{} {message}", status.code),
+        )
+    }
+}
+
+/// How much of a server's message is shown.
+const LONGEST_MESSAGE: usize = 240;
+
+/// An API server's word on a failure (meta/v1 Status), as far as it is read.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Status {
+    pub(super) code: u16,
+    message: String,
+}
+
+impl Api {
+    /// Nothing is read or opened yet. Without `kubeconfig`, the pod's ServiceAccount is who we are.
+    pub(super) fn new(kubeconfig: Option<PathBuf>) -> Self {
+        Self {
+            kubeconfig,
+            connected: Mutex::new(None),
+        }
+    }
+
+    /// The namespace that the credentials belong to.
+    pub(super) async fn namespace(&self) -> Result<String, Failure> {
+        Ok(self.connected().await?.namespace)
+    }
+
+    /// Asks and reads the whole answer.
+    pub(super) async fn ask(&self, attempt: &str, request: http::Request<Vec<u8>>) -> Result<Vec<u8>, Failure> {
+        let whole = async {
+            let body = self.answer(attempt, request).await?;
+            let read = Limited::new(body, LONGEST_ANSWER).collect().await;
+            read.map(|read| read.to_bytes().to_vec())
+                .map_err(|error| Failure::new(FailureKind::Unreachable, attempt, chain(error.as_ref())))
+        };
+        self.forgetting(in_time(attempt, whole).await).await
+    }
+
+    /// Asks and returns as soon as the server has said that it will answer.
+    pub(super) async fn open(&self, attempt: &str, request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
+        self.forgetting(in_time(attempt, self.answer(attempt, request)).await)
+            .await
+    }
+
+    async fn answer(&self, attempt: &str, request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
+        let client = self.connected().await?.client;
+        let response = client.send(request.map(Body::from)).await;
+        let response = response.map_err(|error| Failure::new(FailureKind::Unreachable, attempt, chain(&error)))?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response.into_body());
+        }
+        let retry_after = response.headers().get(http::header::RETRY_AFTER);
+        let retry_after = retry_after.and_then(|seconds| seconds.to_str().ok()?.parse().ok());
+        // What cannot be read of it does not matter: the status is the answer.
+        let read = Limited::new(response.into_body(), LONGEST_ERROR).collect().await;
+        let text = read.map(|read| read.to_bytes().to_vec()).unwrap_or_default();
+        // Not every error is a Status object: proxies, and the server itself when it is busy, answer in plain text.
+        let told = serde_json::from_slice::<Status>(&text).map(|status| status.message);
+        let told = told.unwrap_or_else(|_| String::from_utf8_lossy(&text).trim().to_owned());
+        Err(Failure {
+            retry_after: retry_after.map(Duration::from_secs),
+            ..Failure::of_status(
+                attempt,
+                &Status {
+                    code: status.as_u16(),
+                    message: told,
+                },
+            )
+        })
+    }
+
+    /// Drops the connection and what was read of the credentials when a failure may come from them, so that the next attempt reads them
+    /// anew: tokens and certificate authorities change while we run.
+    async fn forgetting<T>(&self, result: Result<T, Failure>) -> Result<T, Failure> {
+        if let Err(failure) = &result {
+            match failure.kind {
+                FailureKind::Credentials
+                | FailureKind::Unreachable
+                | FailureKind::Silent
+                | FailureKind::Unauthorized
+                | FailureKind::Forbidden => *self.connected.lock().await = None,
+                FailureKind::NotFound
+                | FailureKind::Conflict
+                | FailureKind::Expired
+                | FailureKind::Busy
+                | FailureKind::Server
+                | FailureKind::Malformed => {}
+            }
+        }
+        result
+    }
+
+    async fn connected(&self) -> Result<Connected, Failure> {
+        let mut connected = self.connected.lock().await;
+        if let Some(connected) = &*connected {
+            return Ok(connected.clone());
+        }
+        let made = connect(self.kubeconfig.as_deref()).await?;
+        *connected = Some(made.clone());
+        Ok(made)
+    }
+}
+
+/// Reads the credentials, and prepares to connect.
+async fn connect(kubeconfig: Option<&Path>) -> Result<Connected, Failure> {
+    let failed = |from: &str, error: &(dyn std::error::Error + 'static)| {
+        let attempt = format!("read the API server's address and our credentials from {from}");
+        Failure::new(FailureKind::Credentials, &attempt, chain(error))
+    };
+    let unread = |from: &str, error: &KubeconfigError| {
+        if let KubeconfigError::ReadConfig(error, _) = error {
+            return failed(from, error);
+        }
+        // A parser's error may quote the file, and with it a token.
+        let attempt = format!("read the API server's address and our credentials from {from}");
+        let why = "it is no kubeconfig that can be used (`kubectl config view --kubeconfig FILE` says why)";
+        Failure::new(FailureKind::Credentials, &attempt, why)
+    };
+    let config = match kubeconfig {
+        Some(path) => {
+            let from = path.display().to_string();
+            let file = Kubeconfig::read_from(path).map_err(|error| unread(&from, &error))?;
+            let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+            config.map_err(|error| unread(&from, &error))?
+        }
+        None => Config::incluster().map_err(|error| failed("the pod's ServiceAccount", &error))?,
+    };
+    let mut connector = HttpConnector::new();
+    let (idle, interval, probes) = KEEPALIVE;
+    connector.enforce_http(false);
+    connector.set_connect_timeout(Some(CONNECT));
+    connector.set_keepalive(Some(idle));
+    connector.set_keepalive_interval(Some(interval));
+    connector.set_keepalive_retries(Some(probes));
+    // The same for what was sent and is not acknowledged, which keepalive probes do not watch.
+    connector.set_tcp_user_timeout(Some(idle + interval * probes));
+    let of = config.cluster_url.to_string();
+    let https = config.rustls_https_connector_with_connector(connector);
+    let https = https.map_err(|error| failed(&of, &error))?;
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer().map_err(|error| failed(&of, &error))?)
+        .map_err(tower::BoxError::from)
+        .service(HttpClient::builder(TokioExecutor::new()).build(https));
+    Ok(Connected {
+        client: Client::new(service, config.default_namespace.clone()),
+        namespace: config.default_namespace,
+    })
+}
+
+async fn in_time<T>(attempt: &str, answer: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::time::timeout(ANSWER, answer).await.unwrap_or_else(|_| {
+        Err(Failure::new(
+            FailureKind::Silent,
+            attempt,
+            format_args!("no answer within {} s", ANSWER.as_secs()),
+        ))
+    })
+}
+
+/// An error and what caused it, in one line.
+pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut told = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        // Many errors repeat their cause.
+        if !told.contains(&said) {
+            told = format!("{told}: {said}");
+        }
+        cause = error.source();
+    }
+    Excerpt::up_to(&told, LONGEST_MESSAGE).to_string()
+}

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::pin::Pin;
 use std::sync::mpsc::SyncSender;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use shroud_keyd::announcement::Backend;
@@ -26,9 +26,8 @@ use crate::status::DirectoryStatus;
 
 /// What a source may have said before somebody takes it in.
 const EVENTS: usize = 256;
-/// The least time between two writes of the last good directory.
-const BETWEEN_SAVES: Duration = Duration::from_secs(1);
-/// How much longer than a write took the next one waits, so that a large directory on a slow disk costs a twentieth of it.
+/// How much longer than a write of the last good directory took the next one waits, so that a large directory on a slow disk costs a
+/// twentieth of our time at most.
 const SAVING_SHARE: u32 = 20;
 
 /// The directory, and where its snapshots go.
@@ -272,7 +271,7 @@ impl Keeper {
             }
             Err(error) => Some(format!("{:#}", anyhow::Error::new(error))),
         };
-        self.next_save = Instant::now() + BETWEEN_SAVES.max(begun.elapsed() * SAVING_SHARE);
+        self.next_save = Instant::now() + begun.elapsed() * SAVING_SHARE;
     }
 
     /// Hands the snapshot on, and answers whether it says anything new.

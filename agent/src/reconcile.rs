@@ -5,6 +5,7 @@
 //! only says "look again"; there is no second path for start, change, drift or restart.
 
 mod answers;
+mod memory;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Display;
@@ -96,6 +97,8 @@ pub(crate) struct Reconciler {
     mesh: watch::Receiver<Mesh>,
     /// For whoever publishes the announcement.
     presence: watch::Sender<Option<Presence>>,
+    /// Whether the directory is only a memory of an earlier run.
+    from_memory: bool,
     last: Option<Pass>,
     latest_changes: VecDeque<String>,
     drops: VecDeque<String>,
@@ -176,6 +179,7 @@ impl Reconciler {
             prober,
             mesh,
             presence,
+            from_memory: false,
             last: None,
             latest_changes: VecDeque::new(),
             drops: VecDeque::new(),
@@ -207,6 +211,7 @@ impl Reconciler {
         let begun = Instant::now();
         let mut report = Report::default();
         let known = self.mesh.borrow_and_update().snapshot.clone();
+        self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
         let converged = match known {
             Some(snapshot) => {
                 self.choose(&mut report);
@@ -395,10 +400,22 @@ impl Reconciler {
             Ok(observed) => observed,
             Err(error) => return report.fail(Driver::Gate, &error.into()),
         };
-        for change in shroud_ebpf::diff(desired, &observed) {
+        let in_force = observed.table.as_ref().filter(|_| self.from_memory);
+        let kept = in_force.map(|table| memory::keep_owners(desired, table));
+        let desired = kept.as_ref().unwrap_or(desired);
+        for change in self.allowed(shroud_ebpf::diff(desired, &observed)) {
             let result = self.gate.apply(&change).map_err(Into::into);
             report.note(Driver::Gate, &change, result);
         }
+    }
+
+    /// The steps that may be taken now.
+    fn allowed<T: memory::Step>(&self, steps: Vec<T>) -> Vec<T> {
+        let from_memory = self.from_memory;
+        steps
+            .into_iter()
+            .filter(|step| !(from_memory && step.takes_away()))
+            .collect()
     }
 
     /// Answers whether anything was tried.
@@ -410,7 +427,7 @@ impl Reconciler {
                 return false;
             }
         };
-        let changes = shroud_tunnel::diff(desired, &observed);
+        let changes = self.allowed(shroud_tunnel::diff(desired, &observed));
         let is_removal = |change: &&shroud_tunnel::Change| matches!(change, shroud_tunnel::Change::RemoveDevice { .. });
         let (removals, rest) = changes.split_at(changes.iter().take_while(is_removal).count());
         for change in removals {
@@ -441,7 +458,7 @@ impl Reconciler {
                 return round;
             }
         };
-        for change in shroud_overlay::diff(desired, &observed) {
+        for change in self.allowed(shroud_overlay::diff(desired, &observed)) {
             if !wanted(&change) {
                 round.left = true;
                 continue;
@@ -492,7 +509,7 @@ impl Reconciler {
             Ok(observed) => observed,
             Err(error) => return report.fail(Driver::Routing, &error.into()),
         };
-        for change in shroud_routing::diff(desired, &observed) {
+        for change in self.allowed(shroud_routing::diff(desired, &observed)) {
             let result = self.kernel.apply(&change).map_err(Into::into);
             report.note(Driver::Routing, &change, result);
         }

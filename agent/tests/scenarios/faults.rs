@@ -1,8 +1,11 @@
 //! Invariants I1, I2 and I6: whatever dies, nothing leaves in the clear, and established connections live on.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use shroud_lab::traffic::pulse::Pulse;
 use shroud_lab::{AgentOptions, Family, Protocol};
 
@@ -128,6 +131,68 @@ fn a_restarted_agent_changes_nothing() -> Result<()> {
     )?;
     let changes = &status.raw["pass"]["latestChanges"];
     ensure!(changes == &serde_json::json!([]), "a restart changed {changes}");
+    Ok(())
+}
+
+#[test]
+fn a_memory_that_lacks_a_peer_takes_nothing_from_it() -> Result<()> {
+    let mut mesh = Mesh::healthy("old", 3)?;
+    let capture = mesh.capture()?;
+    let pulses = pulses(&mesh)?;
+    let folder = mesh.lab.directory();
+    let [memory, away] = [
+        mesh.agent("a").node().state().join("directory.json"),
+        folder.with_extension("away"),
+    ];
+
+    // As it was before b joined; a source that says nothing.
+    mesh.agent_mut("a").kill()?;
+    forget(&memory, "b")?;
+    std::fs::rename(&folder, &away)?;
+    mesh.agent_mut("a").restart()?;
+    let remembering = mesh.eventually(
+        "a lives from memory",
+        Duration::from_secs(5),
+        mesh.agent("a"),
+        |status| status.raw["directory"]["state"] == "cached" && status.pass.number > 1,
+    )?;
+    ensure!(remembering.peers.len() == 1, "a remembers {:?}", remembering.peers);
+    mesh.all_flows_work("a1", "b1")?;
+    mesh.all_flows_work("b1", "a1")?;
+    std::fs::rename(&away, &folder)?;
+    mesh.eventually("a knows b again", Duration::from_secs(15), mesh.agent("a"), |status| {
+        mesh.is_healthy(status)
+    })?;
+
+    let longest = none_was_lost(pulses)?;
+    ensure!(longest < Duration::from_secs(1), "the longest stall was {longest:?}");
+    nothing_leaked(capture)?;
+    Ok(())
+}
+
+/// Takes all that is about a node out of an agent's memory.
+fn forget(memory: &Path, node: &str) -> Result<()> {
+    let file: Value = serde_json::from_slice(&std::fs::read(memory)?)?;
+    let mut kept = file["memory"].clone();
+    if let Some(records) = kept["records"].as_array_mut() {
+        records.retain(|record| record["node"] != node);
+    }
+    for index in ["prefixes", "addresses"] {
+        if let Some(index) = kept[index].as_object_mut() {
+            index.retain(|_, holder| holder != node);
+        }
+    }
+    for index in ["keys", "epochs"] {
+        if let Some(index) = kept[index].as_object_mut() {
+            index.remove(node);
+        }
+    }
+    let text = serde_json::to_string(&kept)?;
+    let sha256: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+    std::fs::write(
+        memory,
+        format!(r#"{{"version":1,"sha256":"{sha256}","memory":{text}}}"#),
+    )?;
     Ok(())
 }
 

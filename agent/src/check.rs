@@ -83,6 +83,8 @@ checks! {
     DirectoryNotPublished = "directory-not-published",
     /// The operator's deny list could not be read.
     DenyListUnknown = "deny-list-unknown",
+    /// The agent's token may change other nodes.
+    TokenTooMighty = "token-too-mighty",
     /// No device leads to the underlay.
     NoUplink = "no-uplink",
     /// A configured uplink does not exist.

@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use shroud_keyd::announcement::Backend;
-use shroud_keyd::directory::Own;
-use shroud_keyd::kubernetes::{self, Telemetry};
+use shroud_keyd::directory::{Origin, Own};
+use shroud_keyd::kubernetes::{self, Telemetry, Wanted};
 use shroud_keyd::{Announcement, Directory, Event, Local, Memory, Record, cache, file};
 use shroud_model::PublicKey;
 use tokio::sync::{mpsc, watch};
@@ -63,7 +63,7 @@ enum Publisher {
     /// By writing a file.
     File(DirectoryFile),
     /// By telling the source what is to be on the Node.
-    Kubernetes(watch::Sender<Option<String>>),
+    Kubernetes(watch::Sender<Wanted>),
 }
 
 /// The mesh before anything is known of it.
@@ -193,10 +193,10 @@ impl Keeper {
                     bridged: self.directory.snapshot().is_some(),
                 };
                 let (sender, events) = mpsc::channel(EVENTS);
-                let (announcement, wanted) = watch::channel(None);
+                let (publisher, wanted) = watch::channel(Wanted::default());
                 Ok(Feed {
                     events,
-                    publisher: Publisher::Kubernetes(announcement),
+                    publisher: Publisher::Kubernetes(publisher),
                     telemetry,
                     work: Box::pin(kubernetes::run(options, sender, wanted, telemetry_sender)),
                 })
@@ -244,13 +244,21 @@ impl Keeper {
                     }
                 };
             }
-            Publisher::Kubernetes(wanted) => {
-                let own = self.directory.snapshot().map(|snapshot| snapshot.own.clone());
+            Publisher::Kubernetes(publisher) => {
+                let snapshot = self.directory.snapshot();
+                let own = snapshot.as_ref().map(|snapshot| snapshot.own.clone());
                 let addresses = believed(presence, &own.unwrap_or_default());
-                let announcement = announcement(&self.config, self.public_key, presence, addresses).to_json();
-                wanted.send_if_modified(|wanted| {
-                    let differs = wanted.as_ref() != Some(&announcement);
-                    *wanted = Some(announcement);
+                let complaints = snapshot.filter(|snapshot| snapshot.origin == Origin::Source);
+                let wanted = Wanted {
+                    announcement: Some(announcement(&self.config, self.public_key, presence, addresses).to_json()),
+                    network_available: presence.attaches_pods,
+                    complaints: complaints
+                        .map(|snapshot| kubernetes::complaints(&snapshot, &self.config.node))
+                        .unwrap_or_default(),
+                };
+                publisher.send_if_modified(|known| {
+                    let differs = *known != wanted;
+                    *known = wanted;
                     differs
                 });
             }
@@ -279,8 +287,8 @@ impl Keeper {
         let snapshot = self.directory.snapshot();
         let state = match snapshot.as_ref().map(|snapshot| snapshot.origin) {
             None => "waiting",
-            Some(shroud_keyd::directory::Origin::Cache) => "cached",
-            Some(shroud_keyd::directory::Origin::Source) => "live",
+            Some(Origin::Cache) => "cached",
+            Some(Origin::Source) => "live",
         };
         let own = [
             (Check::DirectorySilent, &self.source_problem),
@@ -288,6 +296,7 @@ impl Keeper {
             (Check::DirectoryNotPublished, &self.publish_problem),
             (Check::DirectoryNotPublished, &self.telemetry.unpublished),
             (Check::DenyListUnknown, &self.telemetry.no_deny_list),
+            (Check::TokenTooMighty, &self.telemetry.mighty_token),
         ];
         let own = own
             .into_iter()

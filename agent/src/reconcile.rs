@@ -70,6 +70,8 @@ pub(crate) struct Presence {
     pub(crate) mode: Mode,
     /// The overlay packets that can be received.
     pub(crate) overlays: Vec<OverlayFormat>,
+    /// Whether this node's pods are attached by us, and can be.
+    pub(crate) attaches_pods: bool,
 }
 
 /// Says "look again"; when the queue is full, somebody has said so already.
@@ -212,12 +214,13 @@ impl Reconciler {
         let mut report = Report::default();
         let known = self.mesh.borrow_and_update().snapshot.clone();
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
+        let mut attaches_pods = false;
         let converged = match known {
             Some(snapshot) => {
                 self.choose(&mut report);
                 let converged = self.converge(&snapshot, &mut report);
                 if let Ok((plan, _)) = &converged {
-                    self.ensure_cni(plan, &snapshot.own.pod_prefixes, &mut report);
+                    attaches_pods = self.ensure_cni(plan, &snapshot.own.pod_prefixes, &mut report);
                 }
                 converged.map(|(plan, surroundings)| (plan, surroundings, snapshot))
             }
@@ -248,6 +251,7 @@ impl Reconciler {
             backend: plan.tunnel.backend,
             mode: plan.mode,
             overlays: plan.received.clone(),
+            attaches_pods,
         };
         self.presence.send_if_modified(|published| {
             let differs = published.as_ref() != Some(&presence);
@@ -479,9 +483,10 @@ impl Reconciler {
     }
 
     /// Tells the container runtime how to attach pods, once what they send is guarded: a runtime starts pods as soon as the file is there.
-    fn ensure_cni(&mut self, plan: &Plan, pod_prefixes: &BTreeSet<Prefix>, report: &mut Report) {
+    /// Answers whether it is.
+    fn ensure_cni(&mut self, plan: &Plan, pod_prefixes: &BTreeSet<Prefix>, report: &mut Report) -> bool {
         if !self.config.cni.install || pod_prefixes.is_empty() {
-            return;
+            return false;
         }
         let guarded = self.gate.observe().is_ok_and(|observed| {
             let uplinks = &plan.gate.uplinks;
@@ -491,16 +496,23 @@ impl Reconciler {
                 && uplinks.is_subset(&attached_at(&observed, Hook::Ingress))
         });
         if !guarded {
-            return;
+            return false;
         }
         match self
             .config
             .cni
             .ensure(&cni::conflist(&self.config.cni, pod_prefixes, plan))
         {
-            Ok(false) => {}
-            Ok(true) => report.note(Driver::Cni, &"configuration list written", Ok(())),
-            Err(error) => report.fail(Driver::Cni, &error.into()),
+            Ok(written) => {
+                if written {
+                    report.note(Driver::Cni, &"configuration list written", Ok(()));
+                }
+                true
+            }
+            Err(error) => {
+                report.fail(Driver::Cni, &error.into());
+                false
+            }
         }
     }
 

@@ -3,14 +3,17 @@
 //! ```text
 //!  API server ── Nodes (list, watch) ──> follow ── Event ──────────> the directory's keeper
 //!      ^     └── deny list (ConfigMap) ─> follow ── Event::Denied ──────┘
-//!      └──────── PATCH of our own Node <── publish <── announcement ─── the keeper
+//!      ├──────── PATCH of our own Node <── publish <───┐
+//!      └──────── Events on refused Nodes <── complain <┴── Wanted ── the keeper
 //! ```
 //!
 //! The API server is the authority for names, addresses (`status.addresses`) and pod prefixes (`spec.podCIDRs`), and for who may write the
 //! annotation; what an annotation says is believed no further than the directory verifies it. An API server that does not answer, or answers
 //! nonsense, removes nobody: what is known stays, and the watch goes on from where it was.
 
+mod access;
 mod api;
+mod complain;
 mod follow;
 mod object;
 mod pace;
@@ -24,8 +27,11 @@ use std::time::{Duration, Instant};
 use shroud_model::NodeName;
 use tokio::sync::{mpsc, watch};
 
+use self::access::{ForeignNode, check};
 pub use self::api::FailureKind;
 use self::api::{Api, Failure};
+use self::complain::complain;
+pub use self::complain::{Complaint, complaints};
 use self::follow::{Collection, Update, chance, follow};
 use self::object::{ConfigMap, Node};
 use self::pace::Pace;
@@ -53,6 +59,17 @@ pub struct Options {
     pub bridged: bool,
 }
 
+/// What the cluster should have from this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// The announcement, as it stands in the annotation; `None` while there is nothing to announce.
+    pub announcement: Option<String>,
+    /// Whether this node attaches pods, and is ready to, so that the condition `NetworkUnavailable` is to be false.
+    pub network_available: bool,
+    /// The refused nodes that are to have an Event from here.
+    pub complaints: BTreeMap<NodeName, Complaint>,
+}
+
 /// How the source fares, for status and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Telemetry {
@@ -66,35 +83,41 @@ pub struct Telemetry {
     pub unpublished: Option<String>,
     /// Why the deny list is not known.
     pub no_deny_list: Option<String>,
+    /// That our token may do more than it should, and what helps.
+    pub mighty_token: Option<String>,
 }
 
-/// Follows an API server for as long as somebody receives `events`. Publishes what `announcement` holds, once it holds something.
+/// Follows an API server, and tells it what is `wanted`, for as long as somebody receives `events`.
 pub async fn run(
     options: Options,
     events: mpsc::Sender<Event>,
-    announcement: watch::Receiver<Option<String>>,
+    wanted: watch::Receiver<Wanted>,
     telemetry: watch::Sender<Telemetry>,
 ) {
+    let Options { node, .. } = &options;
     let api = Api::new(options.kubeconfig.clone());
-    let own = watch::Sender::new(None);
+    let (own, foreign) = (watch::Sender::new(None), watch::Sender::new(None));
     let patience = if options.bridged {
         SPREAD.mul_f64(chance())
     } else {
         Duration::ZERO
     };
     let pace = Pace::new(Instant::now() + patience);
+    let failed = |failure: &Failure| telemetry.send_modify(|telemetry| telemetry.count(failure));
     let published = |result: Result<(), Failure>| {
-        telemetry.send_modify(|telemetry| {
-            if let Err(failure) = &result {
-                telemetry.count(failure);
-            }
-            telemetry.unpublished = result.err().map(|failure| failure.says);
-        });
+        result.as_ref().err().iter().for_each(|failure| failed(failure));
+        telemetry.send_modify(|telemetry| telemetry.unpublished = result.err().map(|failure| failure.says));
+    };
+    let checked = |result: Result<Option<String>, Failure>| match result {
+        Ok(problem) => telemetry.send_modify(|telemetry| telemetry.mighty_token = problem),
+        Err(failure) => failed(&failure),
     };
     tokio::select! {
-        never = follow_nodes(&api, &options, pace.clone(), &events, &own, &telemetry) => match never {},
+        never = follow_nodes(&api, &options, pace.clone(), &events, &own, &foreign, &telemetry) => match never {},
         never = follow_deny_list(&api, &options, pace, &events, &telemetry) => match never {},
-        never = publish(&api, &options.node, announcement, &own, published) => match never {},
+        never = publish(&api, node, wanted.clone(), &own, published) => match never {},
+        never = complain(&api, node, wanted, failed) => match never {},
+        never = check(&api, foreign.subscribe(), checked) => match never {},
         () = events.closed() => {}
     }
 }
@@ -111,6 +134,7 @@ async fn follow_nodes(
     pace: Pace,
     events: &mpsc::Sender<Event>,
     own: &watch::Sender<Option<OwnNode>>,
+    foreign: &watch::Sender<Option<ForeignNode>>,
     telemetry: &watch::Sender<Telemetry>,
 ) -> Infallible {
     let nodes = Collection {
@@ -121,8 +145,7 @@ async fn follow_nodes(
     };
     let mut silence = Silence::default();
     let see = |node: &Node| {
-        if let Some(record) = node.record.as_ref().ok().filter(|record| record.node == options.node) {
-            let seen = OwnNode::of(&node.uid, record);
+        if let Some(seen) = OwnNode::of(node, &options.node) {
             own.send_if_modified(|own| own.replace(seen.clone()) != Some(seen));
         }
     };
@@ -130,6 +153,7 @@ async fn follow_nodes(
         let event = match update {
             Update::Listed(nodes) => {
                 nodes.iter().for_each(see);
+                foreign.send_replace(ForeignNode::among(nodes.iter(), &options.node));
                 silence.ends();
                 Some(Event::Listed(nodes.into_iter().map(|node| node.record).collect()))
             }

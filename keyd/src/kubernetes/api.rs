@@ -69,6 +69,8 @@ pub enum FailureKind {
     Conflict,
     /// 410: what was asked for is too old.
     Expired,
+    /// 422: understood, and not accepted.
+    Invalid,
     /// 429: too many requests, or a server that stops.
     Busy,
     /// 5xx, or any other status that is none of the above.
@@ -89,6 +91,7 @@ impl FailureKind {
             Self::NotFound => "not-found",
             Self::Conflict => "conflict",
             Self::Expired => "expired",
+            Self::Invalid => "invalid",
             Self::Busy => "busy",
             Self::Server => "server",
             Self::Malformed => "malformed",
@@ -102,6 +105,7 @@ impl FailureKind {
             404 => Self::NotFound,
             409 => Self::Conflict,
             410 => Self::Expired,
+            422 => Self::Invalid,
             429 => Self::Busy,
             _ => Self::Server,
         }
@@ -118,6 +122,7 @@ impl FailureKind {
             | Self::NotFound
             | Self::Conflict
             | Self::Expired
+            | Self::Invalid
             | Self::Busy
             | Self::Server
             | Self::Malformed => "",
@@ -228,6 +233,7 @@ impl Api {
                 FailureKind::NotFound
                 | FailureKind::Conflict
                 | FailureKind::Expired
+                | FailureKind::Invalid
                 | FailureKind::Busy
                 | FailureKind::Server
                 | FailureKind::Malformed => {}

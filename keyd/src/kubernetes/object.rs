@@ -47,6 +47,8 @@ pub(super) struct Node {
     pub(super) uid: String,
     /// What the directory is told.
     pub(super) record: Result<Record, Unreadable>,
+    /// The condition `NetworkUnavailable`: `True`, `False` or `Unknown`, if it is there.
+    pub(super) network_unavailable: Option<String>,
 }
 
 impl Object for Node {
@@ -66,6 +68,7 @@ impl Object for Node {
                         node: name.parse().ok(),
                         reason,
                     }),
+                    network_unavailable: None,
                 }
             }
         }
@@ -141,6 +144,15 @@ struct NodeSpec {
 struct NodeStatus {
     #[serde(default)]
     addresses: Option<Vec<NodeAddress>>,
+    #[serde(default)]
+    conditions: Option<Vec<NodeCondition>>,
+}
+
+#[derive(Deserialize)]
+struct NodeCondition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
 }
 
 #[derive(Deserialize)]
@@ -152,7 +164,13 @@ struct NodeAddress {
 
 impl From<NodeObject> for Node {
     fn from(object: NodeObject) -> Self {
-        let NodeObject { metadata, spec, status } = object;
+        let NodeObject {
+            metadata,
+            spec,
+            mut status,
+        } = object;
+        let mut conditions = status.conditions.take().unwrap_or_default().into_iter();
+        let network_unavailable = conditions.find(|condition| condition.kind == "NetworkUnavailable");
         let record = record(&metadata.name, metadata.annotations.ours, spec, status);
         Self {
             uid: metadata.uid,
@@ -160,6 +178,7 @@ impl From<NodeObject> for Node {
                 node,
                 reason: format!("Node {}: {reason}", Excerpt::of(&metadata.name)),
             }),
+            network_unavailable: network_unavailable.map(|condition| condition.status),
         }
     }
 }
@@ -242,7 +261,8 @@ mod tests {
             r#"{"kind":"Node","apiVersion":"v1",
             "metadata":{"name":"node-a","uid":"b7","resourceVersion":"291","labels":{"x":"y"},"annotations":{"other":"1","shroud.dev/node":"{}"},"managedFields":[{"fieldsV1":{}}]},
             "spec":{"podCIDR":"10.244.1.0/24","podCIDRs":["10.244.1.0/24","fd00:244:1::/64"],"taints":[]},
-            "status":{"addresses":[{"type":"Hostname","address":"node-a"},{"type":"ExternalIP","address":"203.0.113.9"},{"type":"InternalIP","address":"172.18.0.2"},{"type":"InternalIP","address":"fd18::2"}],"nodeInfo":{}}}"#,
+            "status":{"addresses":[{"type":"Hostname","address":"node-a"},{"type":"ExternalIP","address":"203.0.113.9"},{"type":"InternalIP","address":"172.18.0.2"},{"type":"InternalIP","address":"fd18::2"}],
+            "conditions":[{"type":"Ready","status":"True"},{"type":"NetworkUnavailable","status":"Unknown","reason":"NoRouteCreated"}],"nodeInfo":{}}}"#,
         );
 
         let record = Record {
@@ -259,7 +279,8 @@ mod tests {
             node,
             Node {
                 uid: "b7".to_owned(),
-                record: Ok(record)
+                record: Ok(record),
+                network_unavailable: Some("Unknown".to_owned()),
             }
         );
     }

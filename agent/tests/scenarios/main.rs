@@ -20,6 +20,7 @@ mod explain;
 mod faults;
 mod gate;
 mod hard_failures;
+mod kubernetes;
 mod matrix;
 mod mesh;
 mod mtu;

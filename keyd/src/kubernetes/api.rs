@@ -192,8 +192,10 @@ impl Api {
             .await
     }
 
-    async fn answer(&self, attempt: &str, request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
+    async fn answer(&self, attempt: &str, mut request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
         let client = self.connected().await?.client;
+        let program = http::HeaderValue::from_static(concat!("shroud-agent/", env!("CARGO_PKG_VERSION")));
+        request.headers_mut().insert(http::header::USER_AGENT, program);
         let response = client.send(request.map(Body::from)).await;
         let response = response.map_err(|error| Failure::new(FailureKind::Unreachable, attempt, chain(&error)))?;
         let status = response.status();

@@ -37,6 +37,8 @@ pub struct AgentOptions {
     pub nodes: bool,
     /// How often an idle tunnel speaks, e.g. `25s`.
     pub keepalive: String,
+    /// The `directory` of the configuration, as YAML; empty for the lab's folder of announcements.
+    pub directory: String,
     /// YAML lines added at the top level of the configuration.
     pub extra: String,
     /// Filter of the agent's log, as in `RUST_LOG`.
@@ -142,6 +144,7 @@ impl AgentOptions {
             mode: "native".into(),
             nodes: false,
             keepalive: "25s".into(),
+            directory: String::new(),
             extra: String::new(),
             log: "info".into(),
         }
@@ -342,25 +345,31 @@ pub fn config_file(node: &Node) -> PathBuf {
 pub fn config(node: &Node, options: &AgentOptions) -> String {
     let prefixes = node.pod_prefixes();
     let prefixes: Vec<String> = prefixes.iter().map(|prefix| format!("\"{prefix}\"")).collect();
+    // A cluster gives each node its prefixes.
+    let (prefixes, directory) = if options.directory.is_empty() {
+        let folder = format!("{{ file: {{ path: {} }} }}", node.directory.display());
+        (format!("podPrefixes: [{}]", prefixes.join(", ")), folder)
+    } else {
+        (String::new(), options.directory.clone())
+    };
     format!(
         "node: {name}\n\
          stateDir: {state}\n\
          runtimeDir: {runtime}\n\
          addresses: auto\n\
          uplinks: [eth0]\n\
-         podPrefixes: [{prefixes}]\n\
+         {prefixes}\n\
          protected: [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n\
          exempt: [{exempt}]\n\
          routing: {{ mode: {mode} }}\n\
          encrypt: {{ nodes: {nodes} }}\n\
          encryption: {{ backend: {backend}, device: {device}, listenPort: {LISTEN_PORT}, keepalive: {keepalive} }}\n\
          gate: {{ mode: \"{gate}\", pinDir: {pins}, attach: {attach} }}\n\
-         directory: {{ file: {{ path: {directory} }} }}\n\
+         directory: {directory}\n\
          {extra}",
         name = node.host.name,
         state = node.state().display(),
         runtime = node.runtime().display(),
-        prefixes = prefixes.join(", "),
         mode = options.mode,
         nodes = options.nodes,
         backend = options.backend,
@@ -370,7 +379,6 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
         attach = options.attach,
         exempt = options.exempt,
         pins = node.pins.display(),
-        directory = node.directory.display(),
         extra = options.extra,
     )
 }

@@ -25,6 +25,7 @@
 
 pub mod agent;
 pub mod capture;
+pub mod cluster;
 pub mod demo;
 pub mod eventually;
 pub mod frame;
@@ -36,6 +37,7 @@ pub mod traffic;
 
 pub use agent::{Agent, AgentOptions, Status};
 pub use capture::{Capture, Evidence};
+pub use cluster::Cluster;
 pub use eventually::eventually;
 pub use marker::Markers;
 pub use netns::{Netns, Output};

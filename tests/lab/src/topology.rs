@@ -120,7 +120,9 @@ pub struct Node {
     pub prefix6: Ipv6Net,
     /// Its bridge port in the underlay namespace, where it is captured.
     pub port: String,
-    /// The families its pods have; the underlay's are its own.
+    /// The families in which it has addresses itself.
+    pub underlay_families: Families,
+    /// The families its pods have.
     pub pod_families: Families,
     /// The encryption device its agent shall make; unique on the machine, for its control socket lives in a shared folder.
     pub device: String,
@@ -310,6 +312,7 @@ impl Lab {
             prefix4: Ipv4Net::new_assert(Ipv4Addr::new(10, 244, index, 0), 24),
             // Written in hexadecimal, node 10 is `fd00:10:244:a::/64`.
             prefix6: Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x244, index.into(), 0, 0, 0, 0), 64),
+            underlay_families: self.underlay_families,
             pod_families: self.pod_families,
             device: format!("shroud{}-{}{name}", base36(std::process::id()), self.number % 100),
             folder: self.folder.join(&name),
@@ -473,6 +476,11 @@ impl Lab {
     /// The folder of announcements that all nodes share.
     pub fn directory(&self) -> PathBuf {
         self.folder.join("directory")
+    }
+
+    /// The families in which nodes have addresses.
+    pub fn underlay_families(&self) -> Families {
+        self.underlay_families
     }
 
     /// The lab's own BPF file system.

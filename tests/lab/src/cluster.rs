@@ -1,0 +1,137 @@
+//! A lab whose nodes are in a Kubernetes cluster: an API server on the underlay's router, a Node object for each node, and credentials for
+//! each agent, as a pod on that node would have them.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use serde_json::{Value, json};
+use shroud_apiserver::{ApiServer, Identity, Options};
+
+use crate::agent::{AgentOptions, LISTEN_PORT};
+use crate::frame::Allowed;
+use crate::topology::{Families, Family, GATEWAY, Lab, Node};
+
+/// The port of the API server, as everywhere.
+const PORT: u16 = 6443;
+/// TCP's number as an IP protocol.
+const TCP: u8 = 6;
+/// Where the agents live, and their deny list.
+pub const NAMESPACE: &str = "shroud-system";
+/// The ConfigMap that keeps nodes and keys out.
+pub const DENY_LIST: &str = "shroud-denied";
+
+/// How long an agent's watch may say nothing: tests do not wait for minutes.
+const WATCH_IDLE: &str = "5s";
+
+/// The cluster of a lab. Dropping it stops the API server.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The API server, to play everybody else in the cluster with, and to make go wrong.
+    pub server: ApiServer,
+    folder: PathBuf,
+}
+
+impl Cluster {
+    /// Starts an API server in the lab's underlay, with a Node object for each node; nobody has announced anything.
+    pub fn start(lab: &Lab, options: Options) -> Result<Cluster> {
+        let address = match lab.underlay_families() {
+            Families::V4 | Families::Both => GATEWAY.0.into(),
+            Families::V6 => GATEWAY.1.into(),
+        };
+        let socket = lab.underlay.run(|| {
+            let address = SocketAddr::new(address, PORT);
+            TcpListener::bind(address).with_context(|| format!("listen on {address} in the underlay"))
+        })?;
+        let cluster = Cluster {
+            server: ApiServer::start(vec![socket], options)?,
+            folder: lab.folder.join("cluster"),
+        };
+        for node in &lab.nodes {
+            cluster.join(node)?;
+        }
+        Ok(cluster)
+    }
+
+    /// Makes the Node object of a node, as its kubelet and the controllers do, and the credentials of its agent.
+    pub fn join(&self, node: &Node) -> Result<()> {
+        self.server.put(node_object(node))?;
+        self.renew_credentials(node)
+    }
+
+    /// Writes the authority and the token that are good now to where the node's agent reads them.
+    pub fn renew_credentials(&self, node: &Node) -> Result<()> {
+        let folder = self.folder.join(&node.host.name);
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        let identity = Identity::agent(&node.host.name);
+        let kubeconfig = self.server.kubeconfig_in(&identity, &folder)?;
+        let file = self.kubeconfig(node);
+        fs::write(&file, kubeconfig).with_context(|| format!("write {}", file.display()))
+    }
+
+    /// The kubeconfig of a node's agent.
+    pub fn kubeconfig(&self, node: &Node) -> PathBuf {
+        self.folder.join(&node.host.name).join("kubeconfig")
+    }
+
+    /// The same options for an agent that has this cluster as its directory.
+    pub fn agent(&self, node: &Node, options: &AgentOptions) -> AgentOptions {
+        let kubeconfig = self.kubeconfig(node);
+        AgentOptions {
+            directory: format!(
+                "{{ kubernetes: {{ kubeconfig: {}, denyList: {DENY_LIST}, watchIdle: {WATCH_IDLE} }} }}",
+                kubeconfig.display()
+            ),
+            ..options.clone()
+        }
+    }
+
+    /// Replaces the deny list; each line a node, a key or a fingerprint.
+    pub fn deny(&self, lines: &str) -> Result<()> {
+        let map = json!({
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": { "name": DENY_LIST, "namespace": NAMESPACE },
+            "data": { "denied": lines },
+        });
+        self.server.put(map).map(drop)
+    }
+
+    /// What the underlay may carry: WireGuard, and the agents' connections to the API server.
+    pub fn allowed(&self, lab: &Lab) -> Allowed {
+        let address = self.server.addresses()[0].ip();
+        let length = if address.is_ipv4() { 24 } else { 64 };
+        let underlay = IpNet::new_assert(address, length).trunc();
+        Allowed::wireguard(LISTEN_PORT, lab.protected()).and("API server", (address.into(), underlay), Some(TCP))
+    }
+
+    /// The announcement on a Node object, if there is one.
+    pub fn announcement(&self, node: &str) -> Result<Option<String>> {
+        let object = self.server.get("nodes", "", node)?.unwrap_or_default();
+        Ok(object["metadata"]["annotations"]["shroud.dev/node"]
+            .as_str()
+            .map(str::to_owned))
+    }
+}
+
+/// A Node object as kubelet and controllers make it: its labels, pod CIDRs and addresses.
+pub fn node_object(node: &Node) -> Value {
+    let name = &node.host.name;
+    let pod_cidrs: Vec<String> = node.pod_prefixes().iter().map(ToString::to_string).collect();
+    let underlay = node.underlay_families;
+    let mut addresses: Vec<Value> = Family::BOTH
+        .into_iter()
+        .filter(|family| underlay.has(*family))
+        .map(|family| json!({ "type": "InternalIP", "address": node.host.address(family) }))
+        .collect();
+    addresses.push(json!({ "type": "Hostname", "address": name }));
+    json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": { "name": name, "labels": { "kubernetes.io/hostname": name } },
+        "spec": { "podCIDR": pod_cidrs.first(), "podCIDRs": pod_cidrs },
+        "status": { "addresses": addresses },
+    })
+}

@@ -1,10 +1,11 @@
 # The front door. Each goal installs what it lacks and says so; a second run is quick.
 
-.PHONY: help demo test test-vm support bench-peers ebpf build
+.PHONY: help demo demo-k8s test test-vm support bench-peers ebpf build
 
 help:
 	@echo "make demo          three nodes on this machine, every pod byte encrypted, proven on the wire"
 	@echo "make demo KEEP=1   the same, left running, with hints for looking around"
+	@echo "make demo-k8s      the same three nodes, which meet in a Kubernetes cluster (an API server for tests)"
 	@echo "make test          everything that must hold before a change lands"
 	@echo "make test-vm       the kernel tests and scenarios on Linux 6.1 and 6.12, in an emulator (FULL=1: all of them)"
 	@echo "make support       writes docs/support.md from the latest make test-vm FULL=1"
@@ -16,10 +17,10 @@ build:
 	@scripts/setup.sh build
 	cargo build --release --locked --package shroud
 
-demo:
+demo demo-k8s:
 	@scripts/setup.sh demo
 	@cargo build --release --locked --package shroud --package shroud-lab
-	@target/release/demo --shroud target/release/shroud --result target/demo/result.json $(if $(KEEP),--keep)
+	@target/release/demo --shroud target/release/shroud --result target/$@/result.json $(if $(KEEP),--keep) $(if $(filter demo-k8s,$@),--kubernetes)
 
 test:
 	@scripts/test.sh

@@ -29,5 +29,6 @@ stage gate-object ebpf/build.sh --check
 stage tests cargo test --workspace --locked --no-fail-fast -- --test-threads=2
 stage kernels scripts/test-vm.sh
 stage demo make --no-print-directory demo
+stage demo-k8s make --no-print-directory demo-k8s
 
 printf '\nall green in %d s\n' $((SECONDS - started))

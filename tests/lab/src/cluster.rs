@@ -22,6 +22,8 @@ const TCP: u8 = 6;
 pub const NAMESPACE: &str = "shroud-system";
 /// The ConfigMap that keeps nodes and keys out.
 pub const DENY_LIST: &str = "shroud-denied";
+/// The annotation by which nodes announce themselves.
+pub const ANNOTATION: &str = "shroud.dev/node";
 
 /// How long an agent's watch may say nothing: tests do not wait for minutes.
 const WATCH_IDLE: &str = "5s";
@@ -49,9 +51,12 @@ impl Cluster {
             server: ApiServer::start(vec![socket], options)?,
             folder: lab.folder.join("cluster"),
         };
+        fs::create_dir_all(&cluster.folder).with_context(|| format!("create {}", cluster.folder.display()))?;
         for node in &lab.nodes {
             cluster.join(node)?;
         }
+        let admin = cluster.server.kubeconfig(&Identity::Admin);
+        fs::write(cluster.admin(), admin).with_context(|| format!("write {}", cluster.admin().display()))?;
         Ok(cluster)
     }
 
@@ -69,6 +74,11 @@ impl Cluster {
         let kubeconfig = self.server.kubeconfig_in(&identity, &folder)?;
         let file = self.kubeconfig(node);
         fs::write(&file, kubeconfig).with_context(|| format!("write {}", file.display()))
+    }
+
+    /// The kubeconfig of somebody who may do everything.
+    pub fn admin(&self) -> PathBuf {
+        self.folder.join("admin.kubeconfig")
     }
 
     /// The kubeconfig of a node's agent.
@@ -110,7 +120,7 @@ impl Cluster {
     /// The announcement on a Node object, if there is one.
     pub fn announcement(&self, node: &str) -> Result<Option<String>> {
         let object = self.server.get("nodes", "", node)?.unwrap_or_default();
-        Ok(object["metadata"]["annotations"]["shroud.dev/node"]
+        Ok(object["metadata"]["annotations"][ANNOTATION]
             .as_str()
             .map(str::to_owned))
     }

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use shroud_apiserver::Options as ClusterOptions;
 
 use crate::agent::{self, Agent, AgentOptions, LISTEN_PORT};
 use crate::capture::{Capture, Evidence};
+use crate::cluster::{ANNOTATION, Cluster};
 use crate::eventually::eventually;
 use crate::frame::Allowed;
 use crate::topology::{Family, Host, Lab, Node, Topology};
@@ -31,6 +33,18 @@ pub struct Options {
     pub result: PathBuf,
     /// Repeats the flows for at least this long.
     pub soak: Duration,
+    /// Whether the nodes meet in a Kubernetes cluster, and not in a folder.
+    pub kubernetes: bool,
+}
+
+/// A lab with an agent on every node. Its parts go in this order: agents, cluster, lab.
+pub struct Mesh {
+    /// The agents, in the order of the nodes.
+    pub agents: Vec<Agent>,
+    /// The cluster, where the nodes meet in one.
+    pub cluster: Option<Cluster>,
+    /// The lab.
+    pub lab: Lab,
 }
 
 /// What the demo found, in the form in which it is printed.
@@ -186,46 +200,78 @@ impl Screen {
 }
 
 /// Runs the whole demo; the lab comes back alive with its agents, to be looked at or dropped.
-pub fn run(options: &Options, screen: &Screen) -> Result<(Summary, Lab, Vec<Agent>)> {
+pub fn run(options: &Options, screen: &Screen) -> Result<(Summary, Mesh)> {
     if !options.shroud.exists() {
         bail!(
             "{} does not exist; build it with `cargo build -p shroud`",
             options.shroud.display()
         );
     }
-    let (proof, lab, agents) = encrypted(options, screen)?;
+    let (proof, mesh) = encrypted(options, screen)?;
     let twin = twin(options, screen)?;
-    let summary = Summary::new(&lab, &proof, &twin);
+    let summary = Summary::new(&mesh.lab, &proof, &twin);
     screen.step("Verdict");
     screen.verdict(summary.verdict == Verdict::Encrypted, summary.verdict.meaning());
-    Ok((summary, lab, agents))
+    Ok((summary, mesh))
+}
+
+/// Captures every port of a lab, and starts its agents, in a cluster if so wished.
+fn raise(lab: Lab, options: &Options, agent: &AgentOptions) -> Result<(Capture, Mesh)> {
+    let cluster = options
+        .kubernetes
+        .then(|| Cluster::start(&lab, ClusterOptions::default()));
+    let cluster = cluster.transpose()?;
+    let allowed = match &cluster {
+        Some(cluster) => cluster.allowed(&lab),
+        None => Allowed::wireguard(LISTEN_PORT, lab.protected()),
+    };
+    let capture = Capture::start(&lab, allowed)?;
+    let start = |node: &Node| match &cluster {
+        Some(cluster) => Agent::start(node, &cluster.agent(node, agent)),
+        None => Agent::start(node, agent),
+    };
+    let agents = lab.nodes.iter().map(start).collect::<Result<_>>()?;
+    Ok((capture, Mesh { agents, cluster, lab }))
 }
 
 /// The real thing.
-fn encrypted(options: &Options, screen: &Screen) -> Result<(Proof, Lab, Vec<Agent>)> {
+fn encrypted(options: &Options, screen: &Screen) -> Result<(Proof, Mesh)> {
     screen.step("Building three nodes with two pods each, as network namespaces");
     let lab = Topology::new("demo").build()?;
     screen.line(&picture(&lab));
 
-    screen.step("Capturing every port of the underlay, and starting the agents");
-    let capture = Capture::start(&lab, Allowed::wireguard(LISTEN_PORT, lab.protected()))?;
-    let mut agents = Agent::start_all(&lab, &AgentOptions::new(&options.shroud))?;
-    let outcomes = meet(&lab, &mut agents)
+    screen.step(if options.kubernetes {
+        "Capturing every port of the underlay, and starting an API server and the agents"
+    } else {
+        "Capturing every port of the underlay, and starting the agents"
+    });
+    let (capture, mut mesh) = raise(lab, options, &AgentOptions::new(&options.shroud))?;
+    let outcomes = meet(&mesh.lab, &mut mesh.agents)
         .inspect(|()| screen.verdict(true, "every pair of nodes has had a handshake"))
-        .map(|()| send(&lab, options.soak, screen));
+        .map(|()| send(&mesh.lab, options.soak, screen));
     let outcomes = match outcomes {
         Ok(outcomes) => outcomes,
         Err(error) => {
             let seen = capture.stop()?;
             return Err(error
-                .context(keep_dump(&lab, options))
+                .context(keep_dump(&mesh.lab, options))
                 .context(format!("on the wire: {seen}")));
         }
     };
     let evidence = capture.stop()?;
 
+    if let Some(cluster) = &mesh.cluster {
+        screen.step("What the cluster knows of each node");
+        let mut text = String::new();
+        for node in &mesh.lab.nodes {
+            let name = &node.host.name;
+            let announced = cluster.announcement(name)?.unwrap_or_default();
+            text.push_str(&format!("{name}  {ANNOTATION}: {announced}\n"));
+        }
+        screen.line(&indent(&text));
+    }
     screen.step("What each node says");
-    for agent in &agents {
+    for agent in &mesh.agents {
         let output = agent.ask(&["status"])?;
         screen.line(&indent(&format!("{}{}", output.stdout, output.stderr)));
     }
@@ -241,27 +287,28 @@ fn encrypted(options: &Options, screen: &Screen) -> Result<(Proof, Lab, Vec<Agen
         ),
     );
     if clean.is_err() || outcomes.iter().any(|outcome| !outcome.ok()) {
-        screen.line(&keep_dump(&lab, options));
+        screen.line(&keep_dump(&mesh.lab, options));
     }
-    Ok((Proof { outcomes, evidence }, lab, agents))
+    Ok((Proof { outcomes, evidence }, mesh))
 }
 
 /// The same with encryption off: the search must find what is in the clear.
 fn twin(options: &Options, screen: &Screen) -> Result<Evidence> {
     screen.step("The sanity twin: the same with encryption off");
     let lab = Topology::new("twin").build()?;
-    let capture = Capture::start(&lab, Allowed::wireguard(LISTEN_PORT, lab.protected()))?;
-    let mut agents = Agent::start_all(&lab, &AgentOptions::new(&options.shroud).gate("off"))?;
+    let agent = AgentOptions::new(&options.shroud).gate("off");
+    let (capture, mut mesh) = raise(lab, options, &agent)?;
+    let Mesh { agents, lab, .. } = &mut mesh;
     eventually("traffic in the clear between all nodes", MEETING, || {
-        alive(&mut agents)?;
-        let outcomes = run_all(&greetings(&lab), &lab.markers, AT_ONCE, &|_| ());
+        alive(agents)?;
+        let outcomes = run_all(&greetings(lab), &lab.markers, AT_ONCE, &|_| ());
         match outcomes.into_iter().find(|outcome| !outcome.ok()) {
             None => Ok(()),
             Some(outcome) => Err(format!("{}: {}", outcome.flow, outcome.error.unwrap_or_default())),
         }
     })
-    .map_err(|error| error.context(keep_dump(&lab, options)))?;
-    send(&lab, Duration::ZERO, screen);
+    .map_err(|error| error.context(keep_dump(lab, options)))?;
+    send(lab, Duration::ZERO, screen);
     let evidence = capture.stop()?;
     screen.verdict(
         evidence.plaintext_bytes() > 0,
@@ -439,7 +486,8 @@ fn picture(lab: &Lab) -> String {
 }
 
 /// How to look around in a lab that is left running.
-pub fn tour(lab: &Lab, options: &Options) -> String {
+pub fn tour(mesh: &Mesh, options: &Options) -> String {
+    let Mesh { lab, cluster, .. } = mesh;
     let mut text = String::from("\nThe lab is left running. Look around, as root, from another terminal:\n");
     let shroud = options.shroud.display();
     for node in &lab.nodes {
@@ -451,6 +499,14 @@ pub fn tour(lab: &Lab, options: &Options) -> String {
             socket.display(),
             node.device,
             node.log().display()
+        ));
+    }
+    if let Some(cluster) = cluster {
+        text.push_str(&format!(
+            "\n  the cluster (kubectl is Debian's kubernetes-client)\n    \
+             ip netns exec {} kubectl --kubeconfig {} get nodes -o yaml\n",
+            lab.underlay.name(),
+            cluster.admin().display()
         ));
     }
     let (a, b) = (&lab.nodes[0], &lab.nodes[1]);

@@ -10,7 +10,7 @@ use std::{env, fs, process, thread};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use shroud_lab::demo::{self, Options, Screen, Summary, Verdict};
+use shroud_lab::demo::{self, Mesh, Options, Screen, Summary, Verdict};
 use shroud_lab::{agent, remains};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -28,6 +28,9 @@ struct Arguments {
     /// The `shroud` program [default: the one beside this program].
     #[arg(long, value_name = "FILE")]
     shroud: Option<PathBuf>,
+    /// Let the nodes meet in a Kubernetes cluster (an API server for tests), and not in a folder.
+    #[arg(long)]
+    kubernetes: bool,
     /// Leave the lab running until Ctrl-C, and say how to look around.
     #[arg(long)]
     keep: bool,
@@ -46,14 +49,15 @@ fn main() -> Result<ExitCode> {
         shroud: arguments.shroud.map_or_else(agent::program, Ok)?,
         result: arguments.result,
         soak: Duration::from_secs(arguments.seconds),
+        kubernetes: arguments.kubernetes,
     };
     let folder = options.result.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     let colour = stderr().is_terminal() && env::var_os("NO_COLOR").is_none();
     let screen = Screen::new(Box::new(stderr()), colour);
 
-    let (summary, lab) = match demo::run(&options, &screen) {
-        Ok((summary, lab, agents)) => (summary, Some((lab, agents))),
+    let (summary, mesh) = match demo::run(&options, &screen) {
+        Ok((summary, mesh)) => (summary, Some(mesh)),
         Err(error) => {
             screen.line(&format!("\nThe demo failed: {error:#}"));
             (Summary::failed(), None)
@@ -62,15 +66,16 @@ fn main() -> Result<ExitCode> {
     let json = summary.json()?;
     fs::write(&options.result, format!("{json}\n")).with_context(|| format!("write {}", options.result.display()))?;
 
-    if let Some((lab, agents)) = lab {
+    if let Some(mesh) = mesh {
         if arguments.keep {
             KEEPING.store(true, Ordering::Release);
-            screen.line(&demo::tour(&lab, &options));
+            screen.line(&demo::tour(&mesh, &options));
             if signals.recv().is_err() {
                 screen.line("Signals are not watched any more.");
             }
         }
-        drop(agents);
+        let Mesh { agents, cluster, lab } = mesh;
+        drop((agents, cluster));
         for error in lab.remove() {
             screen.line(&format!("could not clean up: {error}"));
         }

@@ -149,7 +149,13 @@ fn clear_offload(file: &File) -> Result<(), Errno> {
 /// Reads the MTU of the device named in the request (SIOCGIFMTU).
 fn query_mtu(socket: &UdpSocket, request: &mut libc::ifreq) -> Result<libc::c_int, Errno> {
     // SAFETY: SIOCGIFMTU reads and writes one `ifreq`, which `request` borrows mutably for the call; the descriptor is open.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, std::ptr::from_mut(request)) };
+    let result = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCGIFMTU as libc::Ioctl,
+            std::ptr::from_mut(request),
+        )
+    };
     Errno::result(result)?;
     // SAFETY: `request` was built with all bytes of the first four set, and after success the kernel has written `ifru_mtu`.
     Ok(unsafe { request.ifr_ifru.ifru_mtu })

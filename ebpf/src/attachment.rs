@@ -4,6 +4,7 @@
 //! know again by its handle, priority and name. Either way a new program takes the place of an old one in one step.
 
 use std::fmt;
+use std::fs;
 use std::io;
 use std::mem;
 use std::path::Path;
@@ -154,10 +155,14 @@ impl Place<'_> {
             path: pin.into(),
             source,
         };
-        let program = FdLink::from(link).info().map_err(failed)?.program_id();
-        let (_, attached) = SchedClassifier::query_tcx(&self.device.name, self.hook.attach_type())
-            .map_err(|source| self.failed("look at", Mechanism::Tcx, source))?;
-        Ok(attached.iter().any(|info| info.id() == program).then_some(program))
+        let link = FdLink::from(link);
+        let info = link.info().map_err(failed)?;
+        let device = device_of(info.id()).map_err(|source| Error::Path {
+            operation: "find the device of link",
+            path: pin.into(),
+            source,
+        })?;
+        Ok((device == Some(self.device.index)).then_some(info.program_id()))
     }
 
     /// The program behind our filter, if the device has it. The device must have a clsact qdisc.
@@ -214,7 +219,8 @@ impl Place<'_> {
         Ok(program.is_some())
     }
 
-    /// A device that cannot be asked any more has nothing hanging on it.
+    /// A device that cannot be asked any more has nothing hanging on it. Nor has one about which we may not ask (CAP_SYS_ADMIN): then nobody
+    /// waits, and whoever attaches next does.
     fn hangs(&self, program: u32) -> bool {
         let attached = SchedClassifier::query_tcx(&self.device.name, self.hook.attach_type());
         attached.is_ok_and(|(_, attached)| attached.iter().any(|info| info.id() == program))
@@ -289,6 +295,29 @@ impl Place<'_> {
             source,
         }
     }
+}
+
+/// The index of the device to which an open link of ours holds its program; 0 when it holds to none any more.
+///
+/// Read from what `/proc` says of our own open files (since Linux 6.6, like tcx). To ask for the programs of a device instead takes
+/// CAP_SYS_ADMIN, and this question is the only one of ours that would.
+fn device_of(link: u32) -> io::Result<Option<u32>> {
+    for entry in fs::read_dir("/proc/self/fdinfo")? {
+        match fs::read_to_string(entry?.path()) {
+            Ok(text) if field(&text, "link_id") == Some(link) => return Ok(field(&text, "ifindex")),
+            Ok(_) => {}
+            // Another thread has closed it since.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+/// The number behind `name:` on one of the lines.
+fn field(text: &str, name: &str) -> Option<u32> {
+    let value = |line: &str| line.strip_prefix(name)?.strip_prefix(':')?.trim().parse().ok();
+    text.lines().find_map(value)
 }
 
 fn pinned_link(path: &Path) -> Result<Option<PinnedLink>, Error> {

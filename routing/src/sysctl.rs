@@ -2,15 +2,20 @@
 //!
 //! `/proc/sys/net` shows the network namespace of the thread that opens a file there, so reading and writing belong on the thread that
 //! also holds the [`Kernel`](crate::Kernel).
+//!
+//! A container's `/proc/sys` can only be read. Where the host's folder is shown to it once more, below [`HOST`], writing goes there.
 
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use shroud_model::Family;
 
 use crate::Error;
+
+/// Where a container is shown files of its host, under their own names.
+const HOST: &str = "/host";
 
 /// A kernel setting. Source: Documentation/networking/ip-sysctl.rst.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,7 +72,7 @@ impl Sysctl {
         if self.read()?.as_deref() == Some(value) {
             return Ok(());
         }
-        let Err(source) = fs::write(self.path()?, value) else {
+        let Err(source) = write(&self.path()?, value) else {
             return Ok(());
         };
         let (sysctl, value) = (self.clone(), value.to_owned());
@@ -77,6 +82,18 @@ impl Sysctl {
             Ok(true) | Err(_) => Error::WriteSysctl { sysctl, value, source },
         })
     }
+}
+
+/// Writes a file, or the host's one of that name where ours can only be read.
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    let Err(error) = fs::write(path, value) else {
+        return Ok(());
+    };
+    let hosts = Path::new(HOST).join(path.strip_prefix("/").unwrap_or(path));
+    if error.kind() == io::ErrorKind::ReadOnlyFilesystem && fs::exists(&hosts)? {
+        return fs::write(hosts, value);
+    }
+    Err(error)
 }
 
 impl fmt::Display for Sysctl {

@@ -516,12 +516,15 @@ impl Removed {
         if !directory.exists() {
             return;
         }
-        let result = fs::remove_dir_all(directory);
-        let result = result.map_err(|source| Error::Path {
-            operation: "remove",
-            path: directory.into(),
-            source,
-        });
+        let result = match fs::remove_dir_all(directory) {
+            // A folder of the node that is mounted into a container cannot go, but all that was in it has.
+            Err(_) if pin::list(directory).is_ok_and(|left| left.is_empty()) => Ok(()),
+            result => result.map_err(|source| Error::Path {
+                operation: "remove",
+                path: directory.into(),
+                source,
+            }),
+        };
         if self.kept(result).is_some() {
             self.removed.push(format!("pins {}", directory.display()));
         }

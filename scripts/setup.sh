@@ -3,13 +3,14 @@
 #
 #   scripts/setup.sh build     compile Shroud (pinned stable Rust, a C compiler)
 #   scripts/setup.sh demo      the above, and what `make demo` looks through (iproute2, wireguard-tools)
-#   scripts/setup.sh test      the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, cargo-deny)
+#   scripts/setup.sh deploy    what the tests of deploy/ run on (Helm's engine and other Python packages, kubectl, musl)
+#   scripts/setup.sh test      all of the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, cargo-deny)
 #   scripts/setup.sh vm        the above, and an emulator with small tools for its guests (qemu, busybox)
 #   scripts/setup.sh ebpf      what rebuilds the gate's BPF object (pinned nightly Rust, LLVM, bpf-linker)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-goal=${1:?usage: scripts/setup.sh build|demo|test|vm|ebpf}
+goal=${1:?usage: scripts/setup.sh build|demo|deploy|test|vm|ebpf}
 tools=${SHROUD_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/shroud/tools}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -67,8 +68,26 @@ demo() {
     apt_install iproute2 wireguard-tools
 }
 
+deploy() {
+    build
+    apt_install iproute2 musl-tools procps python3 python3-venv util-linux
+    command -v kubectl >/dev/null || apt_install kubernetes-client
+    local target=x86_64-unknown-linux-musl list=deploy/tests/requirements.txt
+    if ! rustup target list --installed | grep -qx "$target"; then
+        say "installing Rust's standard library for $target"
+        rustup target add "$target" >&2
+    fi
+    cmp -s "$list" "$tools/deploy/installed" && return
+    say "installing Helm's engine and what else $list names"
+    rm -rf "$tools/deploy"
+    python3 -m venv "$tools/deploy"
+    "$tools/deploy/bin/pip" install --quiet --disable-pip-version-check --require-hashes --requirement "$list" >&2
+    cp "$list" "$tools/deploy/installed"
+}
+
 tests() {
     demo
+    deploy
     apt_install bpftool containernetworking-plugins iputils-ping nftables procps tcpdump wireguard-go
     cargo_tool boringtun-cli 0.7.1
     cargo_tool cargo-deny 0.20.2
@@ -77,6 +96,7 @@ tests() {
 case $goal in
     build) build ;;
     demo) demo ;;
+    deploy) deploy ;;
     test) tests ;;
     vm)
         tests

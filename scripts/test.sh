@@ -27,6 +27,7 @@ stage documentation env RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-de
 stage dependencies cargo deny --log-level error check bans licenses sources
 stage gate-object ebpf/build.sh --check
 stage tests cargo test --workspace --locked --no-fail-fast -- --test-threads=2
+stage deploy deploy/test.sh
 stage kernels scripts/test-vm.sh
 stage demo make --no-print-directory demo
 stage demo-k8s make --no-print-directory demo-k8s

@@ -299,7 +299,8 @@ impl Gate {
                 .pin(&path)
                 .map_err(|source| Error::Pin { path, source })?;
         }
-        Ok(())
+        let maps = ids(self.maps.iter().map(|(name, map)| (*name, map)))?;
+        self.pins.note_reads(&self.build, &maps)
     }
 
     fn read_table(&self) -> Result<Option<Table>, Error> {
@@ -355,9 +356,8 @@ fn pinned_programs(pins: &Pins, build: &str) -> Result<Option<Vec<(&'static str,
     if MAPS.iter().any(|name| !pins.map(name).exists()) {
         return Ok(None);
     }
-    let mut maps = BTreeSet::new();
-    for name in MAPS {
-        maps.insert(map_error("look at", name, open_map(pins, name)?.info())?.id());
+    if !pins.reads(build, &pinned_ids(pins)?).exists() {
+        return Ok(None);
     }
     let mut programs = Vec::new();
     for name in PROGRAMS {
@@ -366,14 +366,24 @@ fn pinned_programs(pins: &Pins, build: &str) -> Result<Option<Vec<(&'static str,
             return Ok(None);
         }
         let program = program_error("open pinned", name, SchedClassifier::from_pin(&path))?;
-        let info = program_error("look at", name, program.info())?;
-        let reads = program_error("look at", name, info.map_ids())?.unwrap_or_default();
-        if !reads.iter().all(|id| maps.contains(id)) {
-            return Ok(None);
-        }
         programs.push((name, program));
     }
     Ok(Some(programs))
+}
+
+/// The numbers by which the kernel knows the pinned maps.
+fn pinned_ids(pins: &Pins) -> Result<Vec<u32>, Error> {
+    let maps = MAPS.map(|name| Ok((name, open_map(pins, name)?)));
+    let maps: Vec<(&'static str, MapData)> = maps.into_iter().collect::<Result<_, Error>>()?;
+    ids(maps.iter().map(|(name, map)| (*name, map)))
+}
+
+/// The numbers of maps, in order. No two maps have the same number, also not one after the other.
+fn ids<'a>(maps: impl Iterator<Item = (&'static str, &'a MapData)>) -> Result<Vec<u32>, Error> {
+    let id = |(name, map): (&'static str, &MapData)| Ok(map_error("look at", name, map.info())?.id());
+    let mut ids: Vec<u32> = maps.map(id).collect::<Result<_, Error>>()?;
+    ids.sort_unstable();
+    Ok(ids)
 }
 
 /// Loads this build onto the pinned maps (making those that are missing), and pins it.
@@ -383,6 +393,7 @@ fn load(pins: &Pins, build: &str) -> Result<Vec<(&'static str, SchedClassifier)>
         loader.map_pin_path(name, pins.map(name));
     }
     let mut object = loader.load(OBJECT).map_err(|source| Error::Load { source })?;
+    pins.forget_reads(build)?;
     let mut programs = Vec::new();
     for name in PROGRAMS {
         let program = object.program_mut(name).ok_or(Error::Object { name })?;
@@ -399,6 +410,7 @@ fn load(pins: &Pins, build: &str) -> Result<Vec<(&'static str, SchedClassifier)>
             program_error("open pinned", name, SchedClassifier::from_pin(&path))?,
         ));
     }
+    pins.note_reads(build, &pinned_ids(pins)?)?;
     tracing::info!(build, "loaded the gate's program");
     Ok(programs)
 }

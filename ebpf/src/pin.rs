@@ -3,6 +3,7 @@
 //! ```text
 //!   <pin directory>/v2/maps/PREFIXES …                     layout version 2; survives upgrades of the program
 //!                     /programs/<build>/shroud_egress …    the build that is in force
+//!                              /reads-<maps>          which maps these programs read, by their numbers
 //!                     /links/<interface index>-egress …    what holds a program to a device (tcx only)
 //! ```
 //!
@@ -23,6 +24,9 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 /// `f_type` of a BPF file system; `include/uapi/linux/magic.h`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// How the folder begins that says which maps programs read; their numbers follow.
+const READS: &str = "reads-";
 
 /// The paths under one pin directory.
 #[derive(Debug, Clone)]
@@ -59,6 +63,40 @@ impl Pins {
 
     pub(crate) fn program(&self, build: &str, name: &str) -> PathBuf {
         self.programs().join(build).join(name)
+    }
+
+    /// A folder that says, by being there, which maps the pinned programs of a build read. The kernel would say it as well, but only to
+    /// whoever has CAP_SYS_ADMIN, which the agent does without.
+    pub(crate) fn reads(&self, build: &str, maps: &[u32]) -> PathBuf {
+        let maps: Vec<String> = maps.iter().map(u32::to_string).collect();
+        self.programs().join(build).join(format!("{READS}{}", maps.join("-")))
+    }
+
+    /// Takes back what was said of the programs of a build, before others take their place.
+    pub(crate) fn forget_reads(&self, build: &str) -> Result<(), Error> {
+        for path in list(&self.programs().join(build))? {
+            if path
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(READS))
+            {
+                fs::remove_dir(&path).map_err(|source| Error::Path {
+                    operation: "remove",
+                    path,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says, once all programs of a build are pinned, which maps they read.
+    pub(crate) fn note_reads(&self, build: &str, maps: &[u32]) -> Result<(), Error> {
+        let path = self.reads(build, maps);
+        fs::create_dir_all(&path).map_err(|source| Error::Path {
+            operation: "make directory",
+            path,
+            source,
+        })
     }
 
     pub(crate) fn links(&self) -> PathBuf {

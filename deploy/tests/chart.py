@@ -57,6 +57,7 @@ CASES = {
         "affinity": {"nodeAffinity": {}},
         "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}},
         "resources": {"limits": {"memory": "1Gi", "cpu": None}},
+        "seccompProfile": {"type": "Localhost", "localhostProfile": "profiles/shroud.json"},
         "seLinuxOptions": {"type": "container_t"},
         "podAnnotations": {"example.com/a": "b"},
         "podLabels": {"example.com/team": "network"},

@@ -99,7 +99,9 @@ class OnTheNode(unittest.TestCase):
                     self.assertNotIn("initContainers", pod)
                     self.assertFalse({"hostPID", "hostIPC", "shareProcessNamespace", "securityContext"} & set(pod))
                     context = dict(container["securityContext"])
-                    self.assertIn(context.pop("seLinuxOptions")["type"], ("spc_t", "container_t"))
+                    given = chart.CASES[name]
+                    self.assertEqual(context.pop("seccompProfile"), given.get("seccompProfile", {"type": "RuntimeDefault"}))
+                    self.assertEqual(context.pop("seLinuxOptions"), given.get("seLinuxOptions", {"type": "spc_t"}))
                     self.assertEqual(
                         context,
                         {
@@ -109,7 +111,6 @@ class OnTheNode(unittest.TestCase):
                             "allowPrivilegeEscalation": False,
                             "readOnlyRootFilesystem": True,
                             "capabilities": {"drop": ["ALL"], "add": CAPABILITIES},
-                            "seccompProfile": {"type": "RuntimeDefault"},
                         },
                     )
 

@@ -7,7 +7,6 @@ Not `privileged`. The capabilities, each seen to be missed when it is not there:
   BPF        the gate's program and maps
   PERFMON    the kernel's verifier lets a program compare packet pointers only with it
 Neither SYS_ADMIN nor SYS_MODULE: the kernel loads the modules for WireGuard, VXLAN and Geneve by itself.
-Seccomp's default lets bpf() through for whoever has BPF (containerd 1.7, CRI-O 1.23 and later).
 */}}
 {{- define "shroud.securityContext" -}}
 runAsUser: 0
@@ -18,8 +17,10 @@ readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
   add: [NET_ADMIN, NET_RAW, BPF, PERFMON]
+{{- with .Values.seccompProfile }}
 seccompProfile:
-  type: RuntimeDefault
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with .Values.seLinuxOptions }}
 seLinuxOptions:
   {{- toYaml . | nindent 2 }}

@@ -1,9 +1,10 @@
 """The real agent, and the configuration that the chart gives it.
 
-Until the agent knows `directory.kubernetes`, what it does not know yet is taken out of a configuration before the agent sees it; from then
-on nothing is.
+What is agreed and not yet in the agent is taken out of a configuration before the agent sees it, key by key, for as long as it says that it does
+not know the key.
 """
 
+import copy
 import functools
 import os
 import pathlib
@@ -32,11 +33,33 @@ def check(config):
     return ran.returncode, ran.stdout + ran.stderr
 
 
+# Agreed keys, and a value of each. One that the agent knows can go from here.
+COMING = {"http": {}, "optOut": False, "encrypt.scope": "all"}
+
+
 @functools.cache
-def knows_kubernetes():
-    """Whether this agent can have the API server as its directory."""
-    _, words = check({"protected": ["10.244.0.0/16"], "directory": {"kubernetes": {}}})
-    return "unknown field `kubernetes`" not in words
+def unknown():
+    """Those of the agreed keys that this agent does not know yet."""
+    keys = []
+    for key, value in COMING.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _, words = check({"protected": ["10.244.0.0/16"], "directory": {"kubernetes": {}}} | value)
+        if f"unknown field `{key.split('.')[-1]}`" in words:
+            keys.append(key)
+    return keys
+
+
+def known(config):
+    """A configuration without the keys that the agent does not know yet."""
+    config = copy.deepcopy(config)
+    for key in unknown():
+        *above, last = key.split(".")
+        holder = config
+        for part in above:
+            holder = holder[part]
+        del holder[last]
+    return config
 
 
 def with_file(config):
@@ -44,9 +67,4 @@ def with_file(config):
     first = config["protected"][0].split("/")[0]
     prefixes = [f"{first}/64" if ":" in first else f"{first}/24"]
     more = {"node": "node-a", "podPrefixes": prefixes, "directory": {"file": {"path": "/var/lib/shroud/nodes"}}}
-    config = chart.merged({key: value for key, value in config.items() if key != "directory"}, more)
-    if not knows_kubernetes():
-        for key in ("http", "optOut"):
-            config.pop(key)
-        config["encrypt"].pop("scope")
-    return config
+    return chart.merged({key: value for key, value in known(config).items() if key != "directory"}, more)

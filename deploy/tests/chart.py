@@ -48,7 +48,7 @@ CASES = {
         "imagePullSecrets": [{"name": "registry"}],
         "serviceAccount": {"name": "veil-agent", "annotations": {"example.com/owner": "network"}},
         "admissionPolicy": {"enabled": True},
-        "denied": {"node-7": "stolen, 2026-11-25"},
+        "denied": ["node-7 stolen, 2026-11-25", "abc+/= of node-8"],
     },
     "placement": {
         "priorityClassName": "system-cluster-critical",

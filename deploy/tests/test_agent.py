@@ -22,18 +22,23 @@ class Configuration(unittest.TestCase):
     def test_the_agent_accepts_every_configuration_of_the_matrix(self):
         for name in chart.CASES:
             config = agent.configuration(chart.documents(chart.case(name)))
-            if not agent.knows_kubernetes():
-                config = agent.with_file(config)
             with self.subTest(case=name):
-                code, words = agent.check(config)
+                code, words = agent.check(agent.known(config))
                 self.assertEqual(code, 0, words)
 
     def test_a_key_that_the_agent_does_not_know_would_be_found(self):
-        config = agent.with_file(agent.configuration(chart.documents(chart.case("default"))))
+        config = agent.known(agent.configuration(chart.documents(chart.case("default"))))
         config["gate"]["colour"] = "red"
         code, words = agent.check(config)
         self.assertEqual(code, 2)
         self.assertIn("unknown field `colour`", words)
+
+    def test_without_the_ranges_to_protect_the_agent_does_not_start(self):
+        config = agent.known(agent.configuration(chart.documents(chart.case("default"))))
+        del config["protected"]
+        code, words = agent.check(config)
+        self.assertEqual(code, 2)
+        self.assertIn("protected", words)
 
 
 # A container, in short: a root that cannot be written, the program, the mounts of the pod, and a /proc/sys to be read only.

@@ -91,7 +91,13 @@ class Chart(unittest.TestCase):
 
         plain = annotations({})
         self.assertNotEqual(annotations({"config": {"resync": "5s"}}), plain)
-        self.assertEqual(annotations({"denied": {"node-7": "stolen"}, "prometheusRule": {"enabled": True}}), plain)
+        self.assertEqual(annotations({"denied": ["node-7 stolen"], "prometheusRule": {"enabled": True}}), plain)
+
+
+    def test_the_deny_list_is_lines_as_the_agent_reads_them(self):
+        document = chart.documents(chart.case("names"))["ConfigMap/veil-denied"]
+        self.assertEqual(document["data"], {"chart": "node-7 stolen, 2026-11-25\nabc+/= of node-8\n"})
+        self.assertNotIn("data", chart.documents(chart.case("default"))["ConfigMap/shroud-denied"])
 
 
 class Configuration(unittest.TestCase):

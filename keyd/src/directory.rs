@@ -198,6 +198,28 @@ pub enum Reason {
     Unreadable(String),
 }
 
+impl Reason {
+    /// The word for this kind of reason in metrics and alerts; it stays when the sentence changes.
+    pub fn id(&self) -> &'static str {
+        match self {
+            Self::NoAnnouncement => "no-announcement",
+            Self::Announcement(_) => "announcement-refused",
+            Self::Replay { .. } => "replay",
+            Self::NoEndpoint(_) => "no-endpoint",
+            Self::OwnKey => "own-key",
+            Self::KeyHeld { .. } => "key-held",
+            Self::KeyContested { .. } => "key-contested",
+            Self::PrefixHeld { .. } => "prefix-held",
+            Self::PrefixContested { .. } => "prefix-contested",
+            Self::PrefixNotProtected(_) => "prefix-not-protected",
+            Self::PrefixTooWide(_) => "prefix-too-wide",
+            Self::TooManyPrefixes(_) => "too-many-prefixes",
+            Self::Unreadable(_) => "unreadable",
+            Self::Denied { .. } => "denied",
+        }
+    }
+}
+
 /// Why nothing is sent to an announced endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Error)]
 pub enum EndpointFlaw {

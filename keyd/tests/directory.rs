@@ -250,6 +250,62 @@ fn a_node_without_a_sound_key_is_refused_and_its_prefix_is_fenced_in_its_name() 
 }
 
 #[test]
+fn each_reason_has_a_word_that_stays() {
+    let rival = || name("b");
+    let pods = prefix("10.244.2.0/24");
+    let words = [
+        (
+            Reason::Denied {
+                what: "key",
+                remark: Excerpt::of("stolen"),
+            },
+            "denied",
+        ),
+        (Reason::NoAnnouncement, "no-announcement"),
+        (Reason::Announcement(Refusal::NotText), "announcement-refused"),
+        (Reason::Replay { epoch: 1, seen: 2 }, "replay"),
+        (Reason::NoEndpoint(Vec::new()), "no-endpoint"),
+        (Reason::OwnKey, "own-key"),
+        (
+            Reason::KeyHeld {
+                key: key(2),
+                holder: rival(),
+            },
+            "key-held",
+        ),
+        (
+            Reason::KeyContested {
+                key: key(2),
+                rival: rival(),
+            },
+            "key-contested",
+        ),
+        (
+            Reason::PrefixHeld {
+                prefix: pods,
+                holder: rival(),
+            },
+            "prefix-held",
+        ),
+        (
+            Reason::PrefixContested {
+                prefix: pods,
+                rival: rival(),
+            },
+            "prefix-contested",
+        ),
+        (Reason::PrefixNotProtected(pods), "prefix-not-protected"),
+        (Reason::PrefixTooWide(pods), "prefix-too-wide"),
+        (Reason::TooManyPrefixes(17), "too-many-prefixes"),
+        (Reason::Unreadable("cut off".to_owned()), "unreadable"),
+    ];
+
+    for (reason, word) in words {
+        assert_eq!(reason.id(), word, "{reason}");
+    }
+}
+
+#[test]
 fn the_first_holder_keeps_a_key_and_the_second_is_told_who_holds_it() {
     let directory = after(&[&[node("b", 3)], &[node("a", 2).key(3), node("b", 3)]]);
 

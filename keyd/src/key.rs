@@ -11,6 +11,7 @@ use std::io::Read as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -107,12 +108,15 @@ pub struct NodeKey {
     pub private: Arc<PrivateKey>,
     /// What others know this node by.
     pub public: PublicKey,
+    /// When the private key's file was last written, by this machine's clock.
+    pub since: SystemTime,
 }
 
 impl fmt::Debug for NodeKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("NodeKey")
             .field("public", &self.public)
+            .field("since", &self.since)
             .finish_non_exhaustive()
     }
 }
@@ -133,18 +137,18 @@ pub fn load_or_create(state_dir: &Path) -> Result<NodeKey, Error> {
     let private = read_private(&folder)?;
     let public = read_public(&folder)?;
     match (private, public) {
-        (Some(private), Some(public)) => {
-            let key = pair(private);
+        (Some((private, since)), Some(public)) => {
+            let key = pair(private, since);
             if key.public != public {
                 return Err(refuse(&folder, KEY, Flaw::NotAPair));
             }
             Ok(key)
         }
-        (Some(private), None) => adopt(&folder, private),
+        (Some((private, since)), None) => adopt(&folder, private, since),
         (None, Some(_)) => Err(refuse(&folder, KEY, Flaw::Missing)),
         (None, None) => {
-            let private = create(&folder)?;
-            adopt(&folder, private)
+            let (private, since) = create(&folder)?;
+            adopt(&folder, private, since)
         }
     }
 }
@@ -199,7 +203,7 @@ fn check_owner(path: &Path, stat: &Stat) -> Result<(), Error> {
 }
 
 /// The private key, or `None` when there is no such file.
-fn read_private(folder: &Folder) -> Result<Option<PrivateKey>, Error> {
+fn read_private(folder: &Folder) -> Result<Option<(PrivateKey, SystemTime)>, Error> {
     let Some((mut file, stat)) = open(folder, KEY)? else {
         return Ok(None);
     };
@@ -211,7 +215,11 @@ fn read_private(folder: &Folder) -> Result<Option<PrivateKey>, Error> {
     if bytes.iter().all(|&byte| byte == 0) {
         return Err(refuse(folder, KEY, Flaw::Zero));
     }
-    Ok(Some(PrivateKey::from_bytes(*bytes)))
+    let since = file
+        .metadata()
+        .and_then(|metadata| metadata.modified())
+        .map_err(failed("stat", &folder.path().join(KEY)))?;
+    Ok(Some((PrivateKey::from_bytes(*bytes), since)))
 }
 
 /// The public key, or `None` when there is no such file.
@@ -270,7 +278,7 @@ fn decode(
 }
 
 /// Makes a key and puts it in its place, never over another.
-fn create(folder: &Folder) -> Result<PrivateKey, Error> {
+fn create(folder: &Folder) -> Result<(PrivateKey, SystemTime), Error> {
     let secret = StaticSecret::random();
     let mut bytes = Zeroizing::new(secret.to_bytes());
     // Clamped as `wg genkey` does it (RFC 7748 §5), so that the file reads the same in every program.
@@ -279,15 +287,15 @@ fn create(folder: &Folder) -> Result<PrivateKey, Error> {
 
     let text = encode(&bytes);
     match folder.write(KEY, &*text, Mode::RUSR | Mode::WUSR, Existing::Keep)? {
-        Written::New => Ok(PrivateKey::from_bytes(*bytes)),
+        Written::New => Ok((PrivateKey::from_bytes(*bytes), SystemTime::now())),
         // Somebody restored a backup at this moment: theirs counts.
         Written::AlreadyThere => read_private(folder)?.ok_or_else(|| refuse(folder, KEY, Flaw::Missing)),
     }
 }
 
 /// Takes the private key as this node's and writes the public half beside it.
-fn adopt(folder: &Folder, private: PrivateKey) -> Result<NodeKey, Error> {
-    let key = pair(private);
+fn adopt(folder: &Folder, private: PrivateKey, since: SystemTime) -> Result<NodeKey, Error> {
+    let key = pair(private, since);
     let text = encode(key.public.as_bytes());
     let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
     match folder.write(PUBLIC, &*text, mode, Existing::Keep)? {
@@ -297,13 +305,14 @@ fn adopt(folder: &Folder, private: PrivateKey) -> Result<NodeKey, Error> {
     }
 }
 
-fn pair(private: PrivateKey) -> NodeKey {
+fn pair(private: PrivateKey, since: SystemTime) -> NodeKey {
     let secret = StaticSecret::from(*private.expose());
     let public = PublicKey::from_bytes(x25519_dalek::PublicKey::from(&secret).to_bytes())
         .expect("a clamped scalar times the base point is never of low order");
     NodeKey {
         private: Arc::new(private),
         public,
+        since,
     }
 }
 

@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use shroud_keyd::key::{Flaw, load_or_create};
 use shroud_keyd::{Error, NodeKey};
@@ -118,6 +119,20 @@ fn the_first_start_makes_a_key_that_later_starts_find() {
         ],
         [0o700, 0o600, 0o644]
     );
+}
+
+#[test]
+fn a_key_knows_since_when_it_is_there() {
+    let before = SystemTime::now();
+    let state = State::missing();
+    let made = state.load().unwrap().since;
+    let a_year_ago = before - Duration::from_secs(365 * 86_400);
+
+    let file = File::options().write(true).open(state.path.join("key")).unwrap();
+    file.set_modified(a_year_ago).unwrap();
+
+    assert!(before <= made && made <= SystemTime::now(), "{made:?}");
+    assert_eq!(state.load().unwrap().since, a_year_ago);
 }
 
 #[test]

@@ -474,6 +474,7 @@ directory: { file: { path: /nodes } }
             key: NodeKey {
                 private: Arc::new(PrivateKey::from_bytes([9; 32])),
                 public: key(1),
+                since: std::time::SystemTime::UNIX_EPOCH,
             },
             snapshot: Snapshot {
                 origin: Origin::Source,

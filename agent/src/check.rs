@@ -121,6 +121,10 @@ checks! {
     CniFileForeign = "cni-file-foreign",
     /// The CNI configuration could not be written.
     CniFailed = "cni-failed",
+    /// Another program has the port for metrics and probes.
+    HttpPortTaken = "http-port-taken",
+    /// Metrics and probes cannot be answered.
+    HttpFailed = "http-failed",
     /// This machine's network could not be looked at.
     LookFailed = "look-failed",
 }
@@ -164,7 +168,7 @@ impl fmt::Display for Problem {
 }
 
 /// The parts that bring the kernel into the planned state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Driver {
     /// Looking at the machine.
     Look,
@@ -176,6 +180,16 @@ pub(crate) enum Driver {
 }
 
 impl Driver {
+    /// Every part, in the order in which they work.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Look,
+        Self::Gate,
+        Self::Tunnel,
+        Self::Overlay,
+        Self::Routing,
+        Self::Cni,
+    ];
+
     /// Its name in logs and reports.
     pub(crate) fn name(self) -> &'static str {
         match self {

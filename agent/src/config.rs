@@ -7,7 +7,7 @@ mod value;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
@@ -80,6 +80,10 @@ pub(crate) struct Config {
 
     /// Who is in the mesh.
     pub(crate) directory: Directory,
+
+    /// Where probes and metrics are answered.
+    #[serde(default)]
+    pub(crate) http: Http,
 
     /// How often the kernel is compared with the plan when nothing announces a change. Bounds how long drift can live.
     #[serde(default = "default_resync")]
@@ -259,6 +263,16 @@ impl Default for DirectoryKubernetes {
     }
 }
 
+/// The HTTP side: metrics and probes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(crate) struct Http {
+    /// The address and port of `/metrics`, `/livez` and `/readyz`; `null` for none. Whoever can connect may read, and learns the nodes'
+    /// names and how much they send to each other.
+    #[serde(deserialize_with = "value::listen")]
+    pub(crate) listen: Option<SocketAddr>,
+}
+
 impl Default for Routing {
     fn default() -> Self {
         Self {
@@ -317,6 +331,14 @@ impl Default for Gate {
             pin_dir: PathBuf::from("/sys/fs/bpf/shroud"),
             tunnel_mark: Mark::new(0x1000, 0x1000).expect("a bit inside its mask"),
             plain_mark: Mark::new(0x2000, 0x2000).expect("a bit inside its mask"),
+        }
+    }
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self {
+            listen: Some(SocketAddr::from(([127, 0, 0, 1], 21320))),
         }
     }
 }
@@ -706,6 +728,18 @@ directory: { file: { path: /etc/shroud/nodes } }
                 "cni: { name: shroud.conf }",
                 "`cni.name` is shroud.conf: is not the name of a configuration list; give a file name that ends in .conflist",
             ),
+            (
+                "http: { listen: localhost }",
+                "`http.listen` is \"localhost\": write an address and a port, such as 127.0.0.1:21320 or [::1]:21320, or null for none",
+            ),
+            (
+                "http: { listen: 21320 }",
+                "`http.listen` is 21320: write an address and a port",
+            ),
+            (
+                "http: { listen: '127.0.0.1:0' }",
+                "`http.listen` is \"127.0.0.1:0\": write an address and a port",
+            ),
             ("resync: 0s", "`resync` is 0s: give 1ms to 300s"),
             (
                 "gate: { tunnelMark: 0x4000/0x4000 }",
@@ -728,6 +762,15 @@ directory: { file: { path: /etc/shroud/nodes } }
                 "{changed}\n  gave  {text}\n  meant {expected}"
             );
         }
+    }
+
+    #[test]
+    fn probes_are_answered_on_loopback_where_it_says_or_not_at_all() {
+        let listen = |more: &str| parse(&format!("{SMALLEST}{more}")).unwrap().http.listen;
+
+        assert_eq!(listen(""), Some("127.0.0.1:21320".parse().unwrap()));
+        assert_eq!(listen("http: { listen: '[::]:80' }"), Some("[::]:80".parse().unwrap()));
+        assert_eq!(listen("http: { listen: null }"), None);
     }
 
     #[test]

@@ -5,7 +5,11 @@
 //!   directory  ── Mesh (watch) ──────────────────────> pass: look, plan, gate, tunnel, routing
 //!   monitor    ── Dirty ─────────────────────────────>   │
 //!   server     ── Question ──────────────────────────>   │
-//!   publisher  <───────────── Presence (watch) ──────────┘
+//!   publisher  <───────────── Presence (watch) ──────────┤
+//!                                                        │
+//!  thread "http", tokio                                  │
+//!   probes     ── Question ──────────────────────────>   │
+//!              <──────────────── Instant (watch) ────────┘
 //! ```
 //!
 //! A part that ends ends the agent, with an error; whoever started it starts it again. Ending never touches the kernel: tunnels, routes and
@@ -14,6 +18,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
 use shroud_keyd::key;
@@ -24,7 +29,9 @@ use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::directory;
-use crate::reconcile::{Reconciler, Wake, wake};
+use crate::http;
+use crate::metrics::SourceCounts;
+use crate::reconcile::{Reconciler, Wake, Wiring, wake};
 use crate::serve::{self, Question};
 
 /// Wake-ups that wait at most. They all mean the same, so one more when it is full changes nothing.
@@ -53,11 +60,22 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
     let (wakes, woken) = sync_channel(WAKES);
     let (mesh_sender, mesh) = watch::channel(directory::unknown(&config));
     let (presence_sender, presence) = watch::channel(None);
+    let (source_sender, source) = watch::channel(SourceCounts::default());
+    let (pulse_sender, pulse) = watch::channel(Instant::now());
+    let (http_problem, http) = watch::channel(None);
     let (question_sender, questions) = mpsc::channel(16);
     let monitor = Monitor::open().context("subscribe to netlink changes")?;
     let listener = serve::bind(&config.socket()).with_context(|| format!("make {}", config.socket().display()))?;
-    let directory = directory::Keeper::new(&config, key.public, mesh_sender);
-    let reconciler = Reconciler::open(config, key, mesh, presence_sender)?;
+    let directory = directory::Keeper::new(&config, key.public, mesh_sender, source_sender);
+    let (listen, stuck_after) = (config.http.listen, http::stuck_after(*config.resync));
+    let wiring = Wiring {
+        mesh,
+        source,
+        presence: presence_sender,
+        http,
+        pulse: pulse_sender,
+    };
+    let reconciler = Reconciler::open(config, key, wiring)?;
 
     let (ended_sender, ended) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new()
@@ -67,22 +85,32 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
             reconciler.run(&woken);
         })
         .context("start the reconcile thread")?;
+    let (http_ended_sender, http_ended) = oneshot::channel();
+    let sources = http::Sources {
+        wakes: wakes.clone(),
+        pulse,
+        stuck_after,
+    };
+    let server = http::Server::start(listen, sources, http_problem, http_ended_sender)?;
 
     let end = tokio::select! {
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
         _ = ended => Err(anyhow!("the reconcile thread ended by itself")),
+        _ = http_ended => Err(anyhow!("the http thread ended by itself")),
         result = follow(monitor, wakes.clone()) => Err(failed("netlink monitor", result)),
         result = serve::serve(listener, question_sender) => Err(failed("status socket", result.map_err(Into::into))),
         result = pass_on(questions, wakes.clone()) => Err(failed("status questions", result)),
         result = directory.run(presence, wakes.clone()) => Err(failed("directory", result)),
     };
+    let http_stopped = server.stop();
     if let Err(TrySendError::Full(stop)) = wakes.try_send(Wake::Stop) {
         // The thread is reading, so there will be room; if it is not, it has ended and this fails at once.
         drop(wakes.send(stop));
     }
     drop(wakes);
     thread.join().map_err(|_| anyhow!("the reconcile thread panicked"))?;
+    http_stopped?;
     info!(
         reason = end.as_ref().copied().unwrap_or("a part failed"),
         "shroud agent ends; the data plane stays"

@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use crate::check::{Check, Problem};
 use crate::config::{self, Config, DirectoryFile, DirectoryKubernetes};
+use crate::metrics::SourceCounts;
 use crate::reconcile::{Mesh, Presence, Wake, wake};
 use crate::status::DirectoryStatus;
 
@@ -39,6 +40,8 @@ pub(crate) struct Keeper {
     saved: Memory,
     next_save: Instant,
     mesh: watch::Sender<Mesh>,
+    /// What the source was asked, for the metrics.
+    counts: watch::Sender<SourceCounts>,
     /// What the source cannot do right now.
     source_problem: Option<String>,
     /// What the disk could not do.
@@ -90,7 +93,12 @@ fn source_name(config: &Config) -> String {
 
 impl Keeper {
     /// Makes an empty directory that knows this node, and takes up what the disk remembers.
-    pub(crate) fn new(config: &Config, public_key: PublicKey, mesh: watch::Sender<Mesh>) -> Self {
+    pub(crate) fn new(
+        config: &Config,
+        public_key: PublicKey,
+        mesh: watch::Sender<Mesh>,
+        counts: watch::Sender<SourceCounts>,
+    ) -> Self {
         let local = Local {
             node: config.node.clone(),
             public_key,
@@ -103,6 +111,7 @@ impl Keeper {
             saved: Memory::default(),
             next_save: Instant::now(),
             mesh,
+            counts,
             source_problem: None,
             cache_problem: None,
             publish_problem: None,
@@ -149,7 +158,10 @@ impl Keeper {
                     unsaved = true;
                 }
                 changed = presence.changed() => changed.context("the reconcile thread is gone")?,
-                Ok(()) = telemetry.changed() => self.telemetry = telemetry.borrow_and_update().clone(),
+                Ok(()) = telemetry.changed() => {
+                    self.telemetry = telemetry.borrow_and_update().clone();
+                    self.counts.send_replace(SourceCounts::from(&self.telemetry));
+                }
                 () = sleep_until(self.next_save.into()), if unsaved => {}
                 () = &mut work => anyhow::bail!("the directory's source ended by itself"),
             }
@@ -204,9 +216,17 @@ impl Keeper {
         }
     }
 
+    /// Whether the source is a folder, which counts nothing by itself.
+    fn follows_a_folder(&self) -> bool {
+        matches!(self.config.directory, config::Directory::File(_))
+    }
+
     fn take(&mut self, event: Event) {
         match event {
             Event::Listed(list) => {
+                if self.follows_a_folder() {
+                    self.counts.send_modify(|counts| counts.lists += 1);
+                }
                 self.source_problem = None;
                 self.directory.reset(list);
             }
@@ -214,6 +234,10 @@ impl Keeper {
             Event::Deleted(node) => self.directory.delete(&node),
             Event::Denied(denied) => self.directory.deny(denied),
             Event::Silent(problem) => {
+                if self.follows_a_folder() {
+                    self.counts
+                        .send_modify(|counts| *counts.errors.entry("folder").or_default() += 1);
+                }
                 if self.source_problem.as_deref() != Some(&problem) {
                     warn!(problem, "the directory's source is silent; what is known stays");
                 }

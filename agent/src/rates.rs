@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use shroud_ebpf::{Counter, Direction, Reason};
+use shroud_model::Family;
 
 use crate::status::CounterStatus;
 
@@ -28,10 +29,15 @@ impl Rates {
         self.newer = Some((at, counters));
     }
 
+    /// What the kernel had counted at the last sample.
+    pub(crate) fn counters(&self) -> &[Counter] {
+        self.newer.as_ref().map_or(&[], |(_, counters)| counters)
+    }
+
     /// Packets and bytes of the counters that match.
     pub(crate) fn total(&self, matches: impl Fn(&Counter) -> bool) -> (u64, u64) {
-        let counters = self.newer.iter().flat_map(|(_, counters)| counters);
-        counters
+        self.counters()
+            .iter()
             .filter(|counter| matches(counter))
             .fold((0, 0), |(packets, bytes), counter| {
                 (packets + counter.packets, bytes + counter.bytes)
@@ -50,9 +56,7 @@ impl Rates {
                 CounterStatus {
                     node: names.get(&counter.node.0).cloned().unwrap_or_default(),
                     direction: direction(counter.direction).to_owned(),
-                    family: counter
-                        .family
-                        .map_or_else(|| "-".to_owned(), |family| family.to_string()),
+                    family: family(counter).to_owned(),
                     verdict: verdict(counter).to_owned(),
                     reason: counter.reason.as_str().to_owned(),
                     packets: counter.packets,
@@ -84,6 +88,15 @@ pub(crate) fn direction(direction: Direction) -> &'static str {
         Direction::Egress => "egress",
         Direction::Ingress => "ingress",
         Direction::Decrypted => "decrypted",
+    }
+}
+
+/// The family of the packets under a counter.
+pub(crate) fn family(counter: &Counter) -> &'static str {
+    match counter.family {
+        Some(Family::V4) => "ipv4",
+        Some(Family::V6) => "ipv6",
+        None => "-",
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod answers;
 mod memory;
+mod tally;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Display;
@@ -30,11 +31,15 @@ use tracing::{debug, info, warn};
 use crate::check::{Check, Driver, Problem};
 use crate::cni;
 use crate::config::{Config, EncryptionBackend, GateAttach};
+use crate::convergence::Convergence;
 use crate::explain::attached_at;
+use crate::metrics::SourceCounts;
 use crate::plan::{Plan, Surroundings, View, addresses_of_interest, plan, uplinks};
 use crate::rates::{Rates, direction};
 use crate::serve::Request;
 use crate::status::DirectoryStatus;
+
+pub(crate) use self::tally::Tally;
 
 /// Changes come in bursts; a burst is one reason to look.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -74,6 +79,20 @@ pub(crate) struct Presence {
     pub(crate) attaches_pods: bool,
 }
 
+/// How the loop hears of the other parts, and they of it.
+pub(crate) struct Wiring {
+    /// Who is in the mesh.
+    pub(crate) mesh: watch::Receiver<Mesh>,
+    /// What the directory's source was asked, for the metrics.
+    pub(crate) source: watch::Receiver<SourceCounts>,
+    /// For whoever publishes the announcement.
+    pub(crate) presence: watch::Sender<Option<Presence>>,
+    /// Why nobody answers probes.
+    pub(crate) http: watch::Receiver<Option<Problem>>,
+    /// When the last pass ended, for whoever answers probes.
+    pub(crate) pulse: watch::Sender<Instant>,
+}
+
 /// Says "look again"; when the queue is full, somebody has said so already.
 ///
 /// # Errors
@@ -96,15 +115,15 @@ pub(crate) struct Reconciler {
     overlay: Overlay,
     kernel: Kernel,
     prober: Prober,
-    mesh: watch::Receiver<Mesh>,
-    /// For whoever publishes the announcement.
-    presence: watch::Sender<Option<Presence>>,
+    wiring: Wiring,
     /// Whether the directory is only a memory of an earlier run.
     from_memory: bool,
     last: Option<Pass>,
     latest_changes: VecDeque<String>,
     drops: VecDeque<String>,
     rates: Rates,
+    tally: Tally,
+    convergence: Convergence,
 }
 
 /// One comparison of the kernel with the plan.
@@ -121,8 +140,8 @@ struct Pass {
 /// What a pass did so far.
 #[derive(Default)]
 struct Report {
-    changes: Vec<String>,
-    failures: Vec<Problem>,
+    changes: Vec<(Driver, String)>,
+    failures: Vec<(Driver, Problem)>,
 }
 
 /// How a round over the overlay's devices went.
@@ -140,7 +159,7 @@ impl Report {
         match result {
             Ok(()) => {
                 info!(driver = driver.name(), %change, "changed");
-                self.changes.push(format!("{}: {change}", driver.name()));
+                self.changes.push((driver, change.to_string()));
             }
             Err(error) => self.fail(driver, &error.context(change.to_string())),
         }
@@ -149,8 +168,12 @@ impl Report {
     fn fail(&mut self, driver: Driver, error: &anyhow::Error) {
         let check = driver.check(error);
         warn!(driver = driver.name(), %check, error = format!("{error:#}"), "failed");
-        self.failures
-            .push(check.says(format!("{error:#}")).about(driver.name()));
+        let problem = check.says(format!("{error:#}")).about(driver.name());
+        self.failures.push((driver, problem));
+    }
+
+    fn failed(&self, driver: Driver) -> bool {
+        self.failures.iter().any(|(failed, _)| *failed == driver)
     }
 }
 
@@ -159,12 +182,7 @@ impl Reconciler {
     ///
     /// # Errors
     /// When the kernel refuses one of them.
-    pub(crate) fn open(
-        config: Config,
-        key: NodeKey,
-        mesh: watch::Receiver<Mesh>,
-        presence: watch::Sender<Option<Presence>>,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn open(config: Config, key: NodeKey, wiring: Wiring) -> anyhow::Result<Self> {
         let gate = Gate::open(&gate_options(&config)).context("load the gate")?;
         let tunnel = Tunnel::new(tunnel_options(&config));
         let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
@@ -179,24 +197,38 @@ impl Reconciler {
             overlay,
             kernel,
             prober,
-            mesh,
-            presence,
+            wiring,
             from_memory: false,
             last: None,
             latest_changes: VecDeque::new(),
             drops: VecDeque::new(),
             rates: Rates::default(),
+            tally: Tally::new(),
+            convergence: Convergence::new(),
         })
     }
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self, wakes: &Receiver<Wake>) {
         loop {
-            self.pass();
+            let begun = Instant::now();
+            let report = self.pass(begun);
+            self.tally.add(&report, begun.elapsed());
+            self.wiring.pulse.send_replace(Instant::now());
             let mut deadline = Instant::now() + *self.config.resync;
             loop {
-                match wakes.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                    Ok(Wake::Dirty) => deadline = deadline.min(Instant::now() + SETTLE),
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    // However many questions there are, a pass comes first.
+                    break;
+                }
+                match wakes.recv_timeout(left) {
+                    Ok(Wake::Dirty) => {
+                        if self.wiring.mesh.has_changed().unwrap_or(false) {
+                            self.take_note_of_peers(Instant::now());
+                        }
+                        deadline = deadline.min(Instant::now() + SETTLE);
+                    }
                     Ok(Wake::Question { request, answer }) => {
                         // Whoever asked may have gone; then nobody misses the answer.
                         drop(answer.send(self.answer(&request)));
@@ -208,11 +240,19 @@ impl Reconciler {
         }
     }
 
+    /// Takes note of the moment at which peers are first heard of.
+    fn take_note_of_peers(&mut self, now: Instant) {
+        if let Some(snapshot) = &self.wiring.mesh.borrow().snapshot {
+            let keys = snapshot.peers.values().map(|peer| peer.public_key).collect();
+            self.convergence.announced(&keys, now);
+        }
+    }
+
     /// Compares the kernel with the plan once, and mends what differs.
-    fn pass(&mut self) {
-        let begun = Instant::now();
+    fn pass(&mut self, begun: Instant) -> Report {
         let mut report = Report::default();
-        let known = self.mesh.borrow_and_update().snapshot.clone();
+        self.take_note_of_peers(begun);
+        let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
         let mut attaches_pods = false;
         let converged = match known {
@@ -236,9 +276,9 @@ impl Reconciler {
             Err(error) => {
                 report.fail(Driver::Look, &error);
                 if let Some(last) = &mut self.last {
-                    last.failures = report.failures;
+                    last.failures = problems(&report);
                 }
-                return;
+                return report;
             }
         };
         // Only where the way is as planned: elsewhere a probe could leave in the clear, and would tell nothing of the tunnel.
@@ -253,32 +293,33 @@ impl Reconciler {
             overlays: plan.received.clone(),
             attaches_pods,
         };
-        self.presence.send_if_modified(|published| {
+        self.wiring.presence.send_if_modified(|published| {
             let differs = published.as_ref() != Some(&presence);
             *published = Some(presence);
             differs
         });
         let number = self.last.as_ref().map_or(0, |pass| pass.number) + 1;
         let took = begun.elapsed();
-        let Report { changes, failures } = report;
         debug!(
             number,
-            changes = changes.len(),
-            failures = failures.len(),
+            changes = report.changes.len(),
+            failures = report.failures.len(),
             ?took,
             "pass"
         );
-        let count = changes.len();
-        remember(&mut self.latest_changes, changes.into_iter());
+        let changes = report.changes.iter();
+        let lines = changes.map(|(driver, change)| format!("{}: {change}", driver.name()));
+        remember(&mut self.latest_changes, lines);
         self.last = Some(Pass {
             number,
             plan,
             surroundings,
             snapshot,
-            changes: count,
-            failures,
+            changes: report.changes.len(),
+            failures: problems(&report),
             took,
         });
+        report
     }
 
     /// Settles on a WireGuard backend, once.
@@ -306,6 +347,9 @@ impl Reconciler {
         let plan = self.plan(snapshot, &surroundings);
         self.ensure_gate(&plan.gate, report);
         let tunnel_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
+        if self.choice.is_ok() && !report.failed(Driver::Tunnel) {
+            self.convergence.configured(plan.tunnel.peers.keys(), Instant::now());
+        }
         let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         if !tunnel_changed && !overlay.tried {
             self.ensure_routing(&plan.routing, report);
@@ -389,14 +433,21 @@ impl Reconciler {
         })
     }
 
-    /// Whether the encryption device is WireGuard, works, and has this node's key.
+    /// Whether the encryption device is WireGuard, works, and has this node's key. Takes note of those that have shaken hands.
     fn encrypts_with_our_key(&mut self) -> bool {
-        let observed = self.tunnel.observe(&self.config.encryption.device);
-        observed.is_ok_and(|observed| {
-            observed
-                .device
-                .is_some_and(|device| device.public_key == Some(self.key.public))
-        })
+        let Ok(observed) = self.tunnel.observe(&self.config.encryption.device) else {
+            return false;
+        };
+        let Some(device) = observed.device else {
+            return false;
+        };
+        let now = Instant::now();
+        let shaken = device.peers.iter().filter_map(|(key, peer)| {
+            let age = observed.at.duration_since(peer.last_handshake?).unwrap_or_default();
+            Some((*key, now.checked_sub(age)?))
+        });
+        self.convergence.met(shaken);
+        device.public_key == Some(self.key.public)
     }
 
     fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, report: &mut Report) {
@@ -598,6 +649,11 @@ fn drop_line(event: &shroud_ebpf::Event) -> String {
         direction(event.direction),
         event.reason.as_str()
     )
+}
+
+/// What a pass could not do.
+fn problems(report: &Report) -> Vec<Problem> {
+    report.failures.iter().map(|(_, problem)| problem.clone()).collect()
 }
 
 /// Keeps the latest of a stream of lines.

@@ -33,6 +33,10 @@ pub(crate) enum Request {
     Status,
     /// The gate's counters.
     Gate,
+    /// The text for Prometheus.
+    Metrics,
+    /// Whether this node may be relied upon.
+    Readiness,
     /// What happens to a packet.
     Explain {
         /// Where it comes from.

@@ -91,6 +91,11 @@ pub(crate) struct DirectoryStatus {
     pub(crate) problems: Vec<Problem>,
 }
 
+impl DirectoryStatus {
+    /// What `state` can be.
+    pub(crate) const STATES: [&str; 3] = ["waiting", "cached", "live"];
+}
+
 /// One peer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -216,4 +221,72 @@ pub(crate) struct Step {
     /// Who decides: `source`, `destination`, `route`, `gate` or `tunnel`.
     pub(crate) stage: String,
     pub(crate) says: String,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// What a healthy node a says of itself and of these peers.
+    pub(crate) fn status(peers: impl IntoIterator<Item = PeerStatus>) -> Status {
+        let key = PublicKey::from_bytes([1; 32]).unwrap();
+        Status {
+            version: VERSION,
+            verdict: Verdict::Healthy,
+            summary: "all is well".to_owned(),
+            node: "a".parse().unwrap(),
+            public_key: key,
+            fingerprint: key.fingerprint(),
+            addresses: vec!["172.18.0.1".parse().unwrap()],
+            pod_prefixes: vec!["10.244.1.0/24".parse().unwrap()],
+            routing: RoutingStatus {
+                mode: "native".to_owned(),
+                receives: Vec::new(),
+            },
+            encryption: EncryptionStatus {
+                backend: "userspace".to_owned(),
+                because: "asked for".to_owned(),
+                device: "shroud0".to_owned(),
+                listen_port: 51820,
+            },
+            gate: GateStatus {
+                mode: "enforce".to_owned(),
+                uplinks: vec!["eth0".to_owned()],
+                pod_devices: Vec::new(),
+                encrypted_packets: 0,
+                dropped_packets: 0,
+                plaintext_bytes: 0,
+            },
+            directory: DirectoryStatus {
+                source: "file /nodes".to_owned(),
+                state: "live".to_owned(),
+                problems: Vec::new(),
+            },
+            peers: peers.into_iter().collect(),
+            refused: Vec::new(),
+            pass: PassStatus::default(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// A peer with which all is well.
+    pub(crate) fn peer(name: &str) -> PeerStatus {
+        let key = PublicKey::from_bytes([name.as_bytes()[0]; 32]).unwrap();
+        PeerStatus {
+            node: name.parse().unwrap(),
+            public_key: key,
+            fingerprint: key.fingerprint(),
+            backend: "userspace".to_owned(),
+            endpoint: None,
+            handshake_age_seconds: Some(1.0),
+            rx_bytes: 0,
+            tx_bytes: 0,
+            mode: "native".to_owned(),
+            mtu: Mtu::new(1420).unwrap(),
+            path: None,
+            pod_prefixes: Vec::new(),
+            encrypts_nodes: false,
+            problems: Vec::new(),
+        }
+    }
 }

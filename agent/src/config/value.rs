@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::time::Duration;
 
@@ -52,6 +53,20 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Detect<T> {
         }
 
         deserializer.deserialize_any(AutoOrList(PhantomData))
+    }
+}
+
+/// An address and port to listen on, or none.
+pub(super) fn listen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let Some(value) = Option::<serde_json::Value>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    let address = value.as_str().and_then(|text| text.parse::<SocketAddr>().ok());
+    match address.filter(|address| address.port() != 0) {
+        Some(address) => Ok(Some(address)),
+        None => Err(D::Error::custom(
+            "write an address and a port, such as 127.0.0.1:21320 or [::1]:21320, or null for none",
+        )),
     }
 }
 

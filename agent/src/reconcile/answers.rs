@@ -8,15 +8,17 @@ use anyhow::Context as _;
 use shroud_ebpf::{Hook, Reason};
 use shroud_model::NodeName;
 use shroud_tunnel::{Backend, ObservedPeer};
-use tracing::error;
+use tracing::{error, warn};
 
 use super::{Pass, Reconciler, drop_line, remember};
 use crate::check::Check;
 use crate::cli::Source;
 use crate::config::GateMode;
 use crate::explain::{self, Knowledge, attached_at, place};
+use crate::metrics::{self, Sample, Seen};
 use crate::plan::{Plan, PlannedPeer};
 use crate::rates::verdict;
+use crate::readiness::{Expected, Readiness};
 use crate::serve::Request;
 use crate::status::{
     EncryptionStatus, Explanation, GateCounters, GateStatus, PassStatus, PathStatus, PeerStatus, RefusedStatus,
@@ -30,11 +32,19 @@ impl Reconciler {
     /// Answers a question of the status socket.
     pub(super) fn answer(&mut self, request: &Request) -> Result<serde_json::Value, String> {
         let Some(last) = self.last.take() else {
-            return Err("the agent cannot look at this machine's network; its log says why".to_owned());
+            return match request {
+                // What is counted of the attempts is all there is to tell.
+                Request::Metrics => Ok(self.metrics(None).into()),
+                Request::Status | Request::Gate | Request::Readiness | Request::Explain { .. } => {
+                    Err("the agent cannot look at this machine's network; its log says why".to_owned())
+                }
+            };
         };
         let answer = match request {
             Request::Status => self.status(&last).map(serde_json::to_value),
             Request::Gate => self.gate_counters(&last).map(serde_json::to_value),
+            Request::Metrics => Ok(Ok(self.metrics(Some(&last)).into())),
+            Request::Readiness => self.readiness(&last).map(serde_json::to_value),
             Request::Explain { source, destination } => {
                 self.explain(&last, *source, *destination).map(serde_json::to_value)
             }
@@ -51,29 +61,32 @@ impl Reconciler {
     }
 
     fn status(&mut self, last: &Pass) -> anyhow::Result<Status> {
-        let observed = self
-            .tunnel
+        let tunnel = self.observe_tunnel()?;
+        self.status_with(last, &tunnel)
+    }
+
+    fn observe_tunnel(&mut self) -> anyhow::Result<shroud_tunnel::Observed> {
+        self.tunnel
             .observe(&self.config.encryption.device)
-            .context("read the tunnel")?;
+            .context("read the tunnel")
+    }
+
+    fn status_with(&mut self, last: &Pass, tunnel: &shroud_tunnel::Observed) -> anyhow::Result<Status> {
         let attached = self.gate.observe().context("read the gate")?;
         self.rates.sample(
             Instant::now(),
             self.gate.counters().context("read the gate's counters")?,
         );
-        let mesh = self.mesh.borrow().clone();
+        let directory = self.wiring.mesh.borrow().directory.clone();
         let peers: Vec<PeerStatus> = last
             .plan
             .peers
             .iter()
             .map(|(name, planned)| {
-                let seen = observed
-                    .device
-                    .as_ref()
-                    .and_then(|device| device.peers.get(&planned.public_key));
                 peer_status(
                     name,
                     planned,
-                    seen,
+                    observed_peer(tunnel, planned),
                     &last.plan.tunnel.backend,
                     !self.config.encryption.keepalive.is_zero(),
                 )
@@ -123,7 +136,7 @@ impl Reconciler {
                     .total(|counter| counter.audited || counter.reason == Reason::Off)
                     .1,
             },
-            directory: mesh.directory,
+            directory,
             peers,
             refused: refused.collect(),
             pass: PassStatus {
@@ -135,8 +148,78 @@ impl Reconciler {
             },
             problems: last.plan.problems.clone(),
         };
+        status.problems.extend(self.wiring.http.borrow().clone());
         judge(&mut status, &last.plan);
         Ok(status)
+    }
+
+    fn readiness(&mut self, last: &Pass) -> anyhow::Result<Readiness> {
+        let status = self.status(last)?;
+        let uplinks: Vec<&str> = last.plan.gate.uplinks.iter().map(String::as_str).collect();
+        let now = Instant::now();
+        let keepalive = !self.config.encryption.keepalive.is_zero();
+        let awaited = |peer: &PeerStatus| {
+            let reachable = last
+                .plan
+                .peers
+                .get(&peer.node)
+                .is_some_and(|planned| planned.endpoint.is_some());
+            // Without keepalive nobody shakes hands before there is something to say.
+            keepalive
+                && reachable
+                && peer.handshake_age_seconds.is_none()
+                && self.convergence.is_awaited(&peer.public_key, now)
+        };
+        let expected = Expected {
+            uplinks: &uplinks,
+            encrypts: last.surroundings.encryption_device.is_some(),
+            awaited: &awaited,
+        };
+        Ok(Readiness::of(&status, expected))
+    }
+
+    /// The text for Prometheus; where this machine cannot be looked at, with what is known without.
+    fn metrics(&mut self, last: Option<&Pass>) -> String {
+        let look = last.map(|last| {
+            let tunnel = self.observe_tunnel()?;
+            let status = self.status_with(last, &tunnel)?;
+            anyhow::Ok((last, tunnel, status))
+        });
+        let look = look.and_then(|look| {
+            look.inspect_err(|error| {
+                let error = format!("{error:#}");
+                warn!(error, "metrics are told without a look at this machine");
+            })
+            .ok()
+        });
+        let seen = look.as_ref().map(|(last, tunnel, status)| Seen {
+            status,
+            handshakes: handshakes(last, tunnel),
+            uplinks: &last.plan.gate.uplinks,
+            counters: self.rates.counters(),
+            names: self.names(last),
+        });
+        let nobody = BTreeMap::new();
+        let (mesh, source) = (self.wiring.mesh.borrow(), self.wiring.source.borrow());
+        metrics::render(&Sample {
+            now: SystemTime::now(),
+            key_since: self.key.since,
+            directory: &mesh.directory,
+            source: &source,
+            refused: mesh.snapshot.as_ref().map_or(&nobody, |snapshot| &snapshot.refused),
+            tally: &self.tally,
+            convergence: &self.convergence,
+            seen,
+        })
+    }
+
+    /// The nodes that have a name, by the number under which the gate counts them.
+    fn names(&self, last: &Pass) -> BTreeMap<u64, String> {
+        let others = last.snapshot.peers.keys().chain(last.snapshot.refused.keys());
+        others
+            .chain([&self.config.node])
+            .map(|name| (name.id().0, name.to_string()))
+            .collect()
     }
 
     fn gate_counters(&mut self, last: &Pass) -> anyhow::Result<GateCounters> {
@@ -145,28 +228,17 @@ impl Reconciler {
             self.gate.counters().context("read the gate's counters")?,
         );
         remember(&mut self.drops, self.gate.events().iter().map(drop_line));
-        let names: BTreeMap<u64, String> = last
-            .snapshot
-            .peers
-            .keys()
-            .chain(last.snapshot.refused.keys())
-            .chain([&self.config.node])
-            .map(|name| (name.id().0, name.to_string()))
-            .collect();
         Ok(GateCounters {
             version: VERSION,
             mode: mode_name(self.config.gate.mode).to_owned(),
-            counters: self.rates.rows(&names),
+            counters: self.rates.rows(&self.names(last)),
             events: self.drops.iter().cloned().collect(),
         })
     }
 
     fn explain(&mut self, last: &Pass, source: Source, destination: IpAddr) -> anyhow::Result<Explanation> {
         let observed = self.gate.observe().context("read the gate")?;
-        let tunnel = self
-            .tunnel
-            .observe(&self.config.encryption.device)
-            .context("read the tunnel")?;
+        let tunnel = self.observe_tunnel()?;
         let (source, hop) = match source {
             Source::Address(address) => {
                 let own = place(&self.config, &last.snapshot, &last.surroundings, address).is_here();
@@ -266,6 +338,19 @@ fn judge(status: &mut Status, plan: &Plan) {
             status.problems[0]
         );
     }
+}
+
+/// A peer as it is on the encryption device.
+fn observed_peer<'a>(tunnel: &'a shroud_tunnel::Observed, planned: &PlannedPeer) -> Option<&'a ObservedPeer> {
+    tunnel.device.as_ref()?.peers.get(&planned.public_key)
+}
+
+/// When each peer last shook hands; those that never did are not among them.
+fn handshakes<'a>(last: &'a Pass, tunnel: &shroud_tunnel::Observed) -> BTreeMap<&'a NodeName, SystemTime> {
+    let peers = last.plan.peers.iter();
+    peers
+        .filter_map(|(name, planned)| Some((name, observed_peer(tunnel, planned)?.last_handshake?)))
+        .collect()
 }
 
 fn peer_status(

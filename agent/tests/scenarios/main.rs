@@ -20,6 +20,7 @@ mod explain;
 mod faults;
 mod gate;
 mod hard_failures;
+mod http;
 mod kubernetes;
 mod matrix;
 mod mesh;

@@ -1,7 +1,7 @@
 //! Invariant I7: a planted key is found nowhere but in its file.
 
 use anyhow::{Result, ensure};
-use shroud_lab::{Agent, AgentOptions, Topology};
+use shroud_lab::{Agent, AgentOptions, Topology, http};
 
 use crate::mesh::{Mesh, SHROUD};
 
@@ -72,6 +72,8 @@ fn the_private_key_is_found_nowhere_but_in_its_file() -> Result<()> {
                 .stdout
                 .into_bytes(),
         ),
+        ("metrics", http::get(&node.host.netns, "/metrics")?.body.into_bytes()),
+        ("readiness", http::get(&node.host.netns, "/readyz")?.body.into_bytes()),
         ("log", std::fs::read(node.log())?),
         ("public key file", std::fs::read(state.join("key.pub"))?),
     ];

@@ -29,9 +29,11 @@ pub mod cluster;
 pub mod demo;
 pub mod eventually;
 pub mod frame;
+pub mod http;
 pub mod marker;
 pub mod netns;
 pub mod remains;
+pub mod stopped;
 pub mod topology;
 pub mod traffic;
 

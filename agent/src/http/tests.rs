@@ -237,10 +237,10 @@ fn whoever_says_nothing_makes_room_for_others() {
     let answer = get(world.address, "/livez");
 
     assert_eq!(line(&answer), "HTTP/1.1 200 OK");
+    let waited = begun.elapsed();
     assert!(
-        begun.elapsed() >= Duration::from_millis(200),
-        "nobody had to wait: {:?}",
-        begun.elapsed()
+        Duration::from_millis(200) < waited && waited < Duration::from_secs(5),
+        "{waited:?}"
     );
 }
 

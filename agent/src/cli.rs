@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 use shroud_model::NodeName;
 
-/// What the process tells its caller. `docs/status.md` lists the same.
+/// What the process tells its caller. `docs/reference.md` lists the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     /// All is well, or what was asked is done.

@@ -18,6 +18,8 @@ mod plan;
 mod rates;
 mod readiness;
 mod reconcile;
+#[cfg(test)]
+mod reference;
 mod render;
 mod serve;
 mod status;

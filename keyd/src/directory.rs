@@ -199,6 +199,24 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Every word that [`id`](Self::id) gives.
+    pub const IDS: [&str; 14] = [
+        "denied",
+        "no-announcement",
+        "announcement-refused",
+        "replay",
+        "no-endpoint",
+        "own-key",
+        "key-held",
+        "key-contested",
+        "prefix-held",
+        "prefix-contested",
+        "prefix-not-protected",
+        "prefix-too-wide",
+        "too-many-prefixes",
+        "unreadable",
+    ];
+
     /// The word for this kind of reason in metrics and alerts; it stays when the sentence changes.
     pub fn id(&self) -> &'static str {
         match self {

@@ -300,9 +300,10 @@ fn each_reason_has_a_word_that_stays() {
         (Reason::Unreadable("cut off".to_owned()), "unreadable"),
     ];
 
-    for (reason, word) in words {
-        assert_eq!(reason.id(), word, "{reason}");
+    for (reason, word) in &words {
+        assert_eq!(reason.id(), *word, "{reason}");
     }
+    assert_eq!(words.map(|(_, word)| word), Reason::IDS);
 }
 
 #[test]

@@ -110,7 +110,9 @@ impl Text {
         if let Some(unit) = family.unit {
             text.push_str(&format!("# UNIT {name} {unit}\n"));
         }
-        text.push_str(&format!("# HELP {name} {}\n", escaped(family.help)));
+        text.push_str(&format!("# HELP {name} "));
+        escape(family.help, text);
+        text.push('\n');
         Samples { text, family }
     }
 
@@ -141,13 +143,22 @@ impl Samples<'_> {
         debug_assert_eq!(labels.len(), family.labels.len(), "{}", family.name);
         text.push_str(family.name);
         text.push_str(ending);
-        let given = family.labels.iter().zip(labels);
-        let mut pairs: Vec<String> = given
-            .map(|(name, value)| format!("{name}=\"{}\"", escaped(value)))
-            .collect();
-        pairs.extend(bound.map(|bound| format!("le=\"{}\"", real(bound))));
-        if !pairs.is_empty() {
-            text.push_str(&format!("{{{}}}", pairs.join(",")));
+        let mut separator = '{';
+        for (name, value) in family.labels.iter().zip(labels) {
+            text.push(separator);
+            text.push_str(name);
+            text.push_str("=\"");
+            escape(value, text);
+            text.push('"');
+            separator = ',';
+        }
+        if let Some(bound) = bound {
+            text.push(separator);
+            text.push_str(&format!("le=\"{}\"", real(bound)));
+            separator = ',';
+        }
+        if separator == ',' {
+            text.push('}');
         }
         match value {
             Value::Whole(value) => writeln!(text, " {value}"),
@@ -166,18 +177,16 @@ fn real(value: f64) -> String {
     }
 }
 
-/// Text inside a label's quotes, or behind `# HELP`.
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
+/// Adds a text that is to stand inside a label's quotes, or behind `# HELP`.
+fn escape(plain: &str, text: &mut String) {
+    for character in plain.chars() {
         match character {
-            '\\' => escaped.push_str("\\\\"),
-            '"' => escaped.push_str("\\\""),
-            '\n' => escaped.push_str("\\n"),
-            character => escaped.push(character),
+            '\\' => text.push_str("\\\\"),
+            '"' => text.push_str("\\\""),
+            '\n' => text.push_str("\\n"),
+            character => text.push(character),
         }
     }
-    escaped
 }
 
 #[cfg(test)]
@@ -239,6 +248,10 @@ build_info{version="1.2.3"} 1
 
     #[test]
     fn a_value_cannot_leave_its_quotes() {
-        assert_eq!(escaped("a\"} 1\nb\\"), r#"a\"} 1\nb\\"#);
+        let mut text = String::new();
+
+        escape("a\"} 1\nb\\", &mut text);
+
+        assert_eq!(text, r#"a\"} 1\nb\\"#);
     }
 }

@@ -5,6 +5,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, ensure};
+use shroud_apiserver::{Options, Verb};
+use shroud_lab::cluster::Cluster;
 use shroud_lab::http::{self, Answer, PORT};
 use shroud_lab::{Agent, AgentOptions, Node, Status, Topology, stopped};
 
@@ -214,6 +216,54 @@ fn a_node_without_a_directory_lives_and_is_not_ready() -> Result<()> {
         "{seen:#?}"
     );
     ensure!(seen["shroud_healthy"] == 0.0, "{seen:#?}");
+    Ok(())
+}
+
+#[test]
+fn without_api_server_a_node_lives_and_stays_ready() -> Result<()> {
+    let lab = Topology::new("httpk8s").nodes(2).pods(1).build()?;
+    let cluster = Cluster::start(&lab, Options::default())?;
+    let agents = lab
+        .nodes
+        .iter()
+        .map(|node| Agent::start(node, &cluster.agent(node, &AgentOptions::new(SHROUD))))
+        .collect::<Result<_>>()?;
+    let mut mesh = Mesh { agents, lab };
+    mesh.all_healthy()?;
+    let source = format!("kubernetes {}", cluster.kubeconfig(mesh.lab.node("a")).display());
+    let state = |state: &str| format!("shroud_directory_state{{source=\"{source}\",state=\"{state}\"}}");
+    let well = metrics(mesh.lab.node("a"))?;
+    let (of_a, of_b) = (&well, metrics(mesh.lab.node("b"))?);
+    let lists = of_a["shroud_directory_lists_total"] + of_b["shroud_directory_lists_total"];
+    let asked = cluster.server.count(Verb::List, "nodes");
+
+    cluster.server.refuse()?;
+    cluster.server.cut_connections();
+    mesh.agent_mut("a").kill()?;
+    mesh.agent_mut("a").restart()?;
+    readyz(&mesh, "a", 200, "[+]directory: complete, cached from kubernetes ")?;
+    let alive = livez(&mesh, "a")?;
+    let unreachable = "shroud_directory_errors_total{kind=\"unreachable\"}";
+    let dark = mesh.lab.eventually("a counts what it cannot reach", NOTICED, || {
+        let seen = metrics(mesh.lab.node("a")).map_err(|error| format!("{error:#}"))?;
+        let told = seen.contains_key(unreachable) && seen.contains_key("shroud_problems{check=\"directory-silent\"}");
+        if told { Ok(seen) } else { Err(format!("{seen:#?}")) }
+    })?;
+
+    ensure!(
+        well[&state("live")] == 1.0 && well[&state("cached")] == 0.0,
+        "{well:#?}"
+    );
+    ensure!(well["shroud_directory_watches_total"] >= 1.0, "{well:#?}");
+    ensure!(
+        lists == asked as f64,
+        "{lists} lists are counted, {asked} were asked for"
+    );
+    ensure!(alive == 200, "/livez says {alive}");
+    ensure!(
+        dark[&state("live")] == 0.0 && dark[&state("cached")] == 1.0,
+        "{dark:#?}"
+    );
     Ok(())
 }
 

@@ -144,19 +144,22 @@ pub(crate) fn forbidden(user: &User, asked: &Asked) -> Refusal {
         "{object} is forbidden: User {:?} cannot {} resource {:?} in API group {:?} {place}",
         user.username, asked.verb, asked.resource, asked.group
     );
-    Refusal::new(403, "Forbidden", message).with_details(details(asked.name, asked.group, plural))
+    let refusal = Refusal::new(403, "Forbidden", message).with_details(details(asked.name, asked.group, plural));
+    Refusal {
+        by_authorizer: true,
+        ..refusal
+    }
 }
 
 /// 403 for a path outside the API.
 pub(crate) fn forbidden_path(user: &User, verb: Verb, path: &str) -> Refusal {
-    Refusal::new(
-        403,
-        "Forbidden",
-        format!(
-            "forbidden: User {:?} cannot {} path {path:?}",
-            user.username,
-            verb.name()
-        ),
-    )
-    .with_details(serde_json::json!({}))
+    let message = format!(
+        "forbidden: User {:?} cannot {} path {path:?}",
+        user.username,
+        verb.name()
+    );
+    Refusal {
+        by_authorizer: true,
+        ..Refusal::new(403, "Forbidden", message).with_details(serde_json::json!({}))
+    }
 }

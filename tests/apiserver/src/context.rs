@@ -27,6 +27,8 @@ pub struct Options {
     pub bookmark_seconds: u32,
     /// Whether streaming lists work.
     pub streaming_lists: StreamingLists,
+    /// Whether watches are served from a cache; without one, an expired watch is told so in other words.
+    pub watch_cache: bool,
     /// Whether HTTP/2 is offered.
     pub http2: bool,
 }
@@ -55,6 +57,7 @@ impl Default for Options {
             second: Duration::from_secs(1),
             bookmark_seconds: 60,
             streaming_lists: StreamingLists::Served,
+            watch_cache: true,
             http2: true,
         }
     }

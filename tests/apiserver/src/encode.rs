@@ -17,25 +17,25 @@ pub(crate) fn pretty(value: &Value) -> Vec<u8> {
     out
 }
 
-/// Compact and in alphabetical order, but for `managedFields`: how error messages quote an object.
-pub(crate) fn alphabetical(value: &Value) -> String {
+/// Compact; what a patch touched is in the order of the alphabet. So error messages quote an object that is no object any more.
+pub(crate) fn patched(value: &Value, patch: &Value) -> String {
     let mut out = Vec::with_capacity(1024);
-    write(&mut out, value, "", Layout::Alphabetical);
+    write(&mut out, value, "", Layout::Patched(patch));
     String::from_utf8_lossy(&out).into_owned()
 }
 
 #[derive(Clone, Copy)]
-enum Layout {
+enum Layout<'a> {
     Compact,
     Indented(usize),
-    Alphabetical,
+    Patched(&'a Value),
 }
 
-impl Layout {
+impl Layout<'_> {
     fn deeper(self) -> Self {
         match self {
             Self::Indented(depth) => Self::Indented(depth + 1),
-            Self::Compact | Self::Alphabetical => self,
+            Self::Compact | Self::Patched(_) => self,
         }
     }
 
@@ -47,7 +47,7 @@ impl Layout {
     }
 }
 
-fn write(out: &mut Vec<u8>, value: &Value, parent: &str, layout: Layout) {
+fn write(out: &mut Vec<u8>, value: &Value, parent: &str, layout: Layout<'_>) {
     match value {
         Value::Null => out.extend(b"null"),
         Value::Bool(yes) => out.extend(if *yes { b"true".as_slice() } else { b"false" }),
@@ -69,14 +69,9 @@ fn write(out: &mut Vec<u8>, value: &Value, parent: &str, layout: Layout) {
             out.push(b']');
         }
         Value::Object(fields) => {
-            let layout_here = if parent == "managedFields" && matches!(layout, Layout::Alphabetical) {
-                Layout::Compact
-            } else {
-                layout
-            };
-            let inner = layout_here.deeper();
+            let inner = layout.deeper();
             out.push(b'{');
-            for (index, (name, field)) in ordered(fields, parent, layout_here).into_iter().enumerate() {
+            for (index, (name, field)) in ordered(fields, parent, layout).into_iter().enumerate() {
                 if index > 0 {
                     out.push(b',');
                 }
@@ -86,19 +81,24 @@ fn write(out: &mut Vec<u8>, value: &Value, parent: &str, layout: Layout) {
                 if matches!(inner, Layout::Indented(_)) {
                     out.push(b' ');
                 }
-                write(out, field, name, inner);
+                let below = match layout {
+                    Layout::Patched(patch) if patch[name].is_object() => Layout::Patched(&patch[name]),
+                    Layout::Patched(_) => Layout::Compact,
+                    Layout::Compact | Layout::Indented(_) => inner,
+                };
+                write(out, field, name, below);
             }
             if !fields.is_empty() {
-                layout_here.newline(out);
+                layout.newline(out);
             }
             out.push(b'}');
         }
     }
 }
 
-fn ordered<'a>(fields: &'a Map<String, Value>, parent: &str, layout: Layout) -> Vec<(&'a String, &'a Value)> {
+fn ordered<'a>(fields: &'a Map<String, Value>, parent: &str, layout: Layout<'_>) -> Vec<(&'a String, &'a Value)> {
     let mut fields: Vec<_> = fields.iter().collect();
-    let order = if matches!(layout, Layout::Alphabetical) {
+    let order = if matches!(layout, Layout::Patched(_)) {
         &[]
     } else {
         order(parent)

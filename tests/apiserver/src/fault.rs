@@ -233,7 +233,7 @@ impl Answer {
     /// 504 of a request that etcd did not answer in time: JSON that says it is text, as recorded.
     pub fn etcd_timeout() -> Self {
         let body = "{\"metadata\":{},\"status\":\"Failure\",\"message\":\"Timeout: request did not complete within the allotted \
-                    timeout\",\"reason\":\"Timeout\",\"details\":{},\"code\":504}";
+                    timeout\",\"reason\":\"Timeout\",\"details\":{},\"code\":504}\n";
         Self::with(504, &[("Content-Type", "text/plain; charset=utf-8")], body)
     }
 

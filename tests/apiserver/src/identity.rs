@@ -97,21 +97,19 @@ impl Tokens {
         }
     }
 
-    /// The identity's token; made when first asked for.
-    pub(crate) fn current(&self, identity: &Identity, now: i64) -> String {
-        let known = self
-            .current
+    /// The identity's token, if it has one.
+    pub(crate) fn current(&self, identity: &Identity) -> Option<String> {
+        self.current
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .get(identity)
-            .cloned();
-        known.unwrap_or_else(|| self.issue(identity, now))
+            .cloned()
     }
 
-    /// A new token beside those that are good already.
-    pub(crate) fn issue(&self, identity: &Identity, now: i64) -> String {
+    /// A new token beside those that are good already, for an agent on the node with this uid.
+    pub(crate) fn issue(&self, identity: &Identity, node_uid: Option<String>, now: i64) -> String {
         let serial = uid();
-        let user = self.user(identity, &serial);
+        let user = self.user(identity, node_uid.unwrap_or_else(uid), &serial);
         let token = match identity {
             Identity::Admin | Identity::User(_) => format!("{}-{serial}", identity.name()),
             Identity::Agent(_) | Identity::UnboundAgent => self.jwt(&user, &serial, now),
@@ -148,7 +146,7 @@ impl Tokens {
             .map(|(_, user)| user.clone())
     }
 
-    fn user(&self, identity: &Identity, serial: &str) -> User {
+    fn user(&self, identity: &Identity, node_uid: String, serial: &str) -> User {
         let groups = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         match identity {
             Identity::Admin => User {
@@ -167,7 +165,7 @@ impl Tokens {
                 let mut extra = BTreeMap::from([("credential-id", format!("JTI={serial}"))]);
                 if let Identity::Agent(node) = identity {
                     extra.insert("node-name", node.clone());
-                    extra.insert("node-uid", uid());
+                    extra.insert("node-uid", node_uid);
                     extra.insert("pod-name", format!("{}-{node}", self.account.name));
                     extra.insert("pod-uid", uid());
                 }

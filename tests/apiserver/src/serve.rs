@@ -206,10 +206,10 @@ impl Call {
 
     async fn get(&self, target: &Target) -> Result<Reply, Refusal> {
         let resource = target.resource().ok_or_else(Refusal::no_such_resource)?;
-        let shape = negotiate::shape(text(&self.headers, header::ACCEPT), Form::Object)?;
         if let Ok(Some(revision)) = crate::list::parse_revision(target.parameters.text("resourceVersion")) {
             await_revision(&self.context, revision).await?;
         }
+        let shape = negotiate::shape(text(&self.headers, header::ACCEPT), Form::Object)?;
         let state = self.context.store.read();
         let object = state
             .object(resource, &key(target))
@@ -320,7 +320,10 @@ impl Call {
                 Ok(Patch::Apply {
                     wanted: decode::applied(body)?,
                     force: target.parameters.is_true("force"),
-                    may_create: self.authorize(user, &create),
+                    may_create: self.authorize(user, &create).map_err(|refusal| Refusal {
+                        by_authorizer: false,
+                        ..refusal
+                    }),
                 })
             }
             _ => {
@@ -352,8 +355,7 @@ impl Call {
         if let Some(seconds) = refusal.retry_after() {
             reply.headers.push(("Retry-After", seconds.to_string()));
         }
-        // The authorizer says so; admission, which refuses with the same code, does not.
-        if refusal.code == 403 && refusal.message.contains("cannot") && refusal.details.get("causes").is_none() {
+        if refusal.by_authorizer {
             reply.headers.push(("X-Content-Type-Options", "nosniff".into()));
         }
         reply

@@ -228,12 +228,20 @@ impl ApiServer {
 
     /// The identity's token; the same until it is revoked or another is issued.
     pub fn token(&self, identity: &Identity) -> String {
-        self.context.tokens.current(identity, self.context.clock.now())
+        self.context
+            .tokens
+            .current(identity)
+            .unwrap_or_else(|| self.issue_token(identity))
     }
 
     /// A new token; the old ones stay good until they are revoked.
     pub fn issue_token(&self, identity: &Identity) -> String {
-        self.context.tokens.issue(identity, self.context.clock.now())
+        let node_uid = match identity {
+            Identity::Agent(node) => self.get("nodes", "", node).ok().flatten(),
+            Identity::Admin | Identity::UnboundAgent | Identity::User(_) => None,
+        };
+        let node_uid = node_uid.and_then(|node| node["metadata"]["uid"].as_str().map(str::to_owned));
+        self.context.tokens.issue(identity, node_uid, self.context.clock.now())
     }
 
     /// Lets all tokens of an identity expire: 401. Open watches go on.

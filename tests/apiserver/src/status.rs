@@ -20,6 +20,8 @@ pub(crate) struct Refusal {
     pub(crate) continue_token: Option<String>,
     /// Indented whatever the client asked for.
     pub(crate) indented: bool,
+    /// The authorizer said it, which shows in a header.
+    pub(crate) by_authorizer: bool,
 }
 
 /// One thing that is wrong with one field.
@@ -75,6 +77,7 @@ impl Refusal {
             details: Value::Null,
             continue_token: None,
             indented: false,
+            by_authorizer: false,
         }
     }
 

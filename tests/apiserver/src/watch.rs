@@ -161,7 +161,7 @@ impl Watch {
                 if revision >= horizon {
                     return Some(revision);
                 }
-                let message = if self.resource.cached {
+                let message = if self.resource.cached && context.options.watch_cache {
                     format!("too old resource version: {revision} ({horizon})")
                 } else {
                     "The resourceVersion for the provided watch is too old.".into()

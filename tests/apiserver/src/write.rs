@@ -4,6 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::clock;
+use crate::encode;
 use crate::fields::{self, Manager, Operation};
 use crate::identity::{User, uid};
 use crate::patch;
@@ -75,6 +76,12 @@ impl Writer<'_> {
         if state.object(self.resource, &key).is_some() {
             return Err(Refusal::already_exists(self.resource, &key.name));
         }
+        // Owned is what the decoder made of the object, not the body as it came.
+        let mut object = fields::without_empty_maps(object);
+        if self.resource.plural == "nodes" {
+            default(&mut object, "spec", json!({}));
+            pod_ranges(&mut object["spec"]);
+        }
         let skeleton = json!({"metadata": {}, "spec": {}, "status": node_status()});
         fields::track_update(&skeleton, &mut object, self.writer(Operation::Update));
         self.stored_new(state, object, warnings)
@@ -113,7 +120,7 @@ impl Writer<'_> {
                 &[cause],
             ));
         }
-        object["metadata"]["namespace"] = old["metadata"]["namespace"].clone();
+        keep(&old, &mut object, "namespace");
         self.changed(state, &old, object, warnings)
     }
 
@@ -130,8 +137,12 @@ impl Writer<'_> {
             (_, None) => return Err(self.missing(key)),
         };
         let mut new = old.clone();
+        let mut touched = Value::Null;
         match patch {
-            Patch::Merge(patch) => patch::merge(&mut new, &patch),
+            Patch::Merge(patch) => {
+                patch::merge(&mut new, &patch);
+                touched = patch;
+            }
             Patch::Strategic(patch) => patch::strategic(&mut new, &patch),
             Patch::Json(operations) => patch::json(&mut new, &operations).map_err(|()| {
                 let message = "the server rejected our request due to an error in our request";
@@ -140,7 +151,7 @@ impl Writer<'_> {
             Patch::Apply { wanted, force, .. } => return self.applied(state, key, &old, &wanted, force),
         }
         if let Some(wrong) = validate::wrong_type(&new) {
-            let cause = Cause::invalid("patch", &crate::encode::alphabetical(&new).into(), &wrong);
+            let cause = Cause::invalid("patch", &encode::patched(&new, &touched).into(), &wrong);
             return Err(Refusal::invalid("", "", "", &[cause]));
         }
         let unknown = self.unknown(&new)?;

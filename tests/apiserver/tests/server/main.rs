@@ -4,3 +4,7 @@
 
 mod client;
 mod faults;
+mod protocol;
+mod recording;
+mod replay;
+mod scale;

@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::access::{self, Asked};
 use crate::body::{self, Piece};
@@ -182,7 +182,7 @@ impl Call {
                 match target.verb {
                     Verb::Get => self.get(target).await,
                     Verb::List => self.list(target).await,
-                    Verb::Watch => self.watch(target),
+                    Verb::Watch => self.watch(target).await,
                     Verb::Create | Verb::Update | Verb::Patch | Verb::Delete => self.write(user, target, body).await,
                     Verb::Other => Err(Refusal::method_not_allowed()),
                 }
@@ -240,14 +240,17 @@ impl Call {
         })
     }
 
-    fn watch(&self, target: &Target) -> Result<Reply, Refusal> {
+    async fn watch(&self, target: &Target) -> Result<Reply, Refusal> {
         let resource = target.resource().ok_or_else(Refusal::no_such_resource)?;
         let shape = negotiate::shape(text(&self.headers, header::ACCEPT), Form::Watch)?;
         let lists = self.context.options.streaming_lists;
         let watch = Watch::parse(resource, &target.namespace, shape, &target.parameters, lists)?;
         let (out, pieces) = mpsc::channel(16);
         // The task ends when the client goes, for then nobody receives.
-        tokio::spawn(watch.run(self.context.clone(), self.facts.clone(), self.line.clone(), out));
+        let (begun, has_begun) = oneshot::channel();
+        tokio::spawn(watch.run(self.context.clone(), self.facts.clone(), self.line.clone(), begun, out));
+        // Nothing is ever sent: that the sender is gone is the news.
+        let _gone = has_begun.await;
         Ok(Reply {
             status: 200,
             headers: vec![("Content-Type", "application/json".into())],

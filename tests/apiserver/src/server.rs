@@ -100,13 +100,9 @@ impl ApiServer {
         }
         if resource.has_status && !object["status"].is_null() {
             let status = object.clone();
-            self.write(resource, "status", |writer, state| {
-                Ok(writer.update(state, &key, status)?.answer)
-            })?;
+            self.write(resource, "status", |writer, state| replace(writer, state, &key, status))?;
         }
-        self.write(resource, "", |writer, state| {
-            Ok(writer.update(state, &key, object)?.answer)
-        })
+        self.write(resource, "", |writer, state| replace(writer, state, &key, object))
     }
 
     /// Changes an object by a merge patch (RFC 7386); `status` in it goes to the status.
@@ -388,6 +384,14 @@ impl Drop for ApiServer {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Replaces an object, whatever its revision is by now.
+fn replace(writer: &Writer, state: &mut State, key: &Key, mut object: Value) -> Result<Value, Refusal> {
+    if let Some(there) = state.object(writer.resource, key) {
+        object["metadata"]["resourceVersion"] = there.value["metadata"]["resourceVersion"].clone();
+    }
+    Ok(writer.update(state, key, object)?.answer)
 }
 
 fn find(plural: &str, namespace: &str, name: &str) -> Result<(&'static Resource, Key)> {

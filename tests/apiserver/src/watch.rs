@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::body::Piece;
@@ -97,15 +97,23 @@ impl Watch {
         })
     }
 
-    /// Runs the watch until it ends or the client goes.
-    pub(crate) async fn run(self, context: Arc<Context>, facts: Facts, line: Arc<Line>, out: mpsc::Sender<Piece>) {
+    /// Runs the watch until it ends or the client goes. `begun` is dropped when it is settled where the watch begins, so that a client
+    /// that has its answer misses nothing that happens from then on.
+    pub(crate) async fn run(
+        self,
+        context: Arc<Context>,
+        facts: Facts,
+        line: Arc<Line>,
+        begun: oneshot::Sender<()>,
+        out: mpsc::Sender<Piece>,
+    ) {
         let opened = Instant::now();
         let deadline = opened + context.seconds(self.timeout);
         // Read before the store is, so that no change falls between the two.
         let mut changes = context.store.changes();
         let mut faults = context.faults.changes();
         let mut latest_fault = 0;
-        let Some(mut position) = self.begin(&context, &out).await else {
+        let Some(mut position) = self.begin(&context, begun, &out).await else {
             return;
         };
         let mut bookmark = self.next_bookmark(&context, opened, deadline);
@@ -147,7 +155,7 @@ impl Watch {
     }
 
     /// Says what comes first. None: the watch is over.
-    async fn begin(&self, context: &Context, out: &mpsc::Sender<Piece>) -> Option<u64> {
+    async fn begin(&self, context: &Context, begun: oneshot::Sender<()>, out: &mpsc::Sender<Piece>) -> Option<u64> {
         match self.start {
             Start::Now => Some(context.store.read().revision()),
             Start::Broken => {
@@ -170,6 +178,8 @@ impl Watch {
                 None
             }
             Start::Objects(not_before) => {
+                // The wait for a revision that is yet to come is part of the stream.
+                let begun = (context.store.read().revision() >= not_before).then_some(begun);
                 if let Err(refusal) = await_revision(context, not_before).await {
                     send(out, error_line(&refusal.json())).await;
                     return None;
@@ -178,6 +188,7 @@ impl Watch {
                     let state = context.store.read();
                     (state.revision(), state.objects(self.resource))
                 };
+                drop(begun);
                 let mut piece = Vec::new();
                 for object in objects.iter().filter(|object| self.selects(&object.value)) {
                     piece.extend(event_line(ChangeKind::Added, object.encoded(self.shape)));

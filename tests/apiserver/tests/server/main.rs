@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod client;
+mod cluster;
 mod faults;
 mod protocol;
 mod recording;

@@ -336,3 +336,26 @@ fn credentials_in_files_are_renewed_in_place() {
     );
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[test]
+fn a_watch_that_has_been_answered_misses_nothing() {
+    let server = server();
+    let path = "/api/v1/nodes?watch=1&sendInitialEvents=false&resourceVersionMatch=NotOlderThan&timeoutSeconds=600";
+    for round in 0..100 {
+        let mut client = agent(&server);
+
+        client.open(&Request::get(path)).unwrap();
+        let value = round.to_string();
+        server
+            .patch(
+                "nodes",
+                "",
+                "node-a",
+                &json!({"metadata": {"labels": {"round": value}}}),
+            )
+            .unwrap();
+
+        let line: Value = serde_json::from_slice(&client.chunk().unwrap().unwrap()).unwrap();
+        assert_eq!(line["object"]["metadata"]["labels"]["round"], value);
+    }
+}

@@ -48,6 +48,12 @@ impl Replay {
         }
     }
 
+    /// Goes on with a fresh server: the recorder started the real one anew, with other options.
+    pub(crate) fn another_server(&mut self, options: Options) {
+        self.server = ApiServer::local(options).unwrap();
+        self.uids.clear();
+    }
+
     /// Plays one exchange.
     pub(crate) fn play(&mut self, number: usize) {
         let (request, response) = self.exchange(number);

@@ -225,26 +225,13 @@ fn watches_that_have_expired() {
     replay.server.advance_to(474);
     replay.play(8);
     replay.watch(9, |replay| annotate(replay, 475, "node-a", "r"));
-    replay.leave_out(10..=17, "other servers: the next tests");
-    replay.finish();
-}
 
-#[test]
-fn watches_without_a_watch_cache() {
-    let mut replay = Replay::new(
-        "07-watch-expired",
-        Options {
-            watch_cache: false,
-            ..quick()
-        },
-    );
-    let annotate = |replay: &Replay, revision, name: &str, value: &str| {
-        replay.patch(revision, name, &json!({"annotations": {"k": value}}))
-    };
-    replay.leave_out(1..=9, "with a watch cache: the test before");
+    replay.another_server(Options {
+        watch_cache: false,
+        ..quick()
+    });
     replay.node(459, "node-a", "10.244.1.0/24", &json!({}));
     replay.node(460, "node-b", "10.244.2.0/24", &json!({}));
-
     replay.server.advance_to(486);
     annotate(&replay, 487, "node-a", "x");
     replay.watch(10, |_| {});
@@ -258,21 +245,11 @@ fn watches_without_a_watch_cache() {
     replay.play(14);
     replay.watch(15, |_| {});
     replay.play(16);
-    replay.leave_out([17], "without streaming lists: the next test");
-    replay.finish();
-}
 
-#[test]
-fn watches_without_streaming_lists() {
-    let mut replay = Replay::new(
-        "07-watch-expired",
-        Options {
-            streaming_lists: StreamingLists::Refused,
-            ..quick()
-        },
-    );
-
-    replay.leave_out(1..=16, "with streaming lists: the tests before");
+    replay.another_server(Options {
+        streaming_lists: StreamingLists::Refused,
+        ..quick()
+    });
     replay.play(17);
     replay.finish();
 }

@@ -30,7 +30,6 @@ CASES = {
     "kernel": {"config": {"encryption": {"backend": "kernel"}, "gate": {"attach": "tcx"}}},
     "userspace": {"config": {"encryption": {"backend": "userspace", "listenPort": 51821, "keepalive": "0"}}},
     "audit": {"config": {"gate": {"mode": "audit"}}, "log": {"format": "text", "filter": "shroud=debug"}},
-    "opt-out": {"config": {"optOut": True, "encrypt": {"scope": "cross-zone"}}},
     "network-provider": {"config": {"cni": {"install": True, "confDir": "/etc/cni/other.d", "plugin": "bridge"}}},
     "monitoring": {
         "config": {"http": {"listen": "0.0.0.0:21320"}},

@@ -23,18 +23,18 @@ class Configuration(unittest.TestCase):
         for name in chart.CASES:
             config = agent.configuration(chart.documents(chart.case(name)))
             with self.subTest(case=name):
-                code, words = agent.check(agent.known(config))
+                code, words = agent.check(config)
                 self.assertEqual(code, 0, words)
 
     def test_a_key_that_the_agent_does_not_know_would_be_found(self):
-        config = agent.known(agent.configuration(chart.documents(chart.case("default"))))
+        config = agent.configuration(chart.documents(chart.case("default")))
         config["gate"]["colour"] = "red"
         code, words = agent.check(config)
         self.assertEqual(code, 2)
         self.assertIn("unknown field `colour`", words)
 
     def test_without_the_ranges_to_protect_the_agent_does_not_start(self):
-        config = agent.known(agent.configuration(chart.documents(chart.case("default"))))
+        config = agent.configuration(chart.documents(chart.case("default")))
         del config["protected"]
         code, words = agent.check(config)
         self.assertEqual(code, 2)

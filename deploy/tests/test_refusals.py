@@ -38,7 +38,7 @@ REFUSED = [
     ({"config": {"http": {"listen": None}}}, "at '/config/http': missing property 'listen'"),
     ({"config": {"http": {"listen": "10.0.0.1:21320"}}}, "at '/config/http/listen': '10.0.0.1:21320' does not match pattern"),
     ({"config": {"cni": {"name": "shroud.conf"}}}, "at '/config/cni/name': 'shroud.conf' does not match pattern"),
-    ({"config": {"optOut": "yes"}}, "at '/config/optOut': got string, want boolean"),
+    ({"config": {"optOut": True}}, "at '/config': additional properties 'optOut' not allowed"),
     ({"image": {"digest": "latest"}}, "at '/image/digest': 'latest' does not match pattern"),
     ({"denied": ["# nobody"]}, "at '/denied/0': '# nobody' does not match pattern"),
     ({"denied": ["node-7\nnode-8"]}, "at '/denied/0'"),

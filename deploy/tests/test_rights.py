@@ -15,7 +15,6 @@ ALWAYS = {
     *(("default", "events.k8s.io", "events", None, verb) for verb in ("create", "patch")),
 }
 ONLY = {
-    "opt-out": {(None, "", resource, None, verb) for resource in ("pods", "namespaces") for verb in ("list", "watch")},
     "network-provider": {(None, "", "nodes/status", None, "patch")},
 }
 

@@ -707,7 +707,6 @@ impl Directory {
 
     /// Gives each prefix that no other node claims a part of to its node. Returns who is refused.
     fn settle_prefixes(&mut self) -> Vec<(NodeName, Reason)> {
-        let mut refused = Vec::new();
         let mut held = Ranges::default();
         for prefix in self.own().pod_prefixes {
             held.insert(prefix, self.local.node.clone());
@@ -724,29 +723,36 @@ impl Directory {
             kept
         });
 
-        let mut open = Vec::new();
+        let (mut open, mut lost) = (Vec::new(), Vec::new());
         let mut rivals = Ranges::default();
         for (node, entry) in &self.entries {
             for &prefix in &entry.claims.prefixes {
                 if self.prefixes.get(&prefix) == Some(node) {
                     continue;
                 }
-                if let Some(holder) = held.other(prefix, node).cloned() {
-                    refused.push((node.clone(), Reason::PrefixHeld { prefix, holder }));
+                if held.other(prefix, node).is_some() {
+                    lost.push((prefix, node));
                 } else {
                     rivals.insert(prefix, node.clone());
                     open.push((prefix, node));
                 }
             }
         }
+        let mut contested = Vec::new();
         for (prefix, node) in open {
             if let Some(rival) = rivals.other(prefix, node).cloned() {
-                refused.push((node.clone(), Reason::PrefixContested { prefix, rival }));
+                contested.push((node.clone(), Reason::PrefixContested { prefix, rival }));
             } else {
                 self.prefixes.insert(prefix, node.clone());
+                held.insert(prefix, node.clone());
             }
         }
-        refused
+        // Who has just been given a prefix holds it too, and may be the one to name.
+        let held = lost.into_iter().filter_map(|(prefix, node)| {
+            let holder = held.other(prefix, node)?.clone();
+            Some((node.clone(), Reason::PrefixHeld { prefix, holder }))
+        });
+        held.chain(contested).collect()
     }
 
     /// Gives each underlay address that exactly one node has to that node, unless somebody holds it. Returns what is left unused.

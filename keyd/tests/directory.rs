@@ -819,6 +819,26 @@ fn nobody_takes_a_prefix_that_the_directory_gave_this_node() {
 }
 
 #[test]
+fn whom_a_refusal_names_does_not_change_with_the_next_event() {
+    let mut directory = giving_prefixes();
+    let (first, wide) = (
+        node("a", 2).pods(&["10.244.0.0/24"]),
+        node("b", 3).pods(&["10.244.0.0/22"]),
+    );
+    directory.reset(list(&[node("me", 1), first, wide]));
+    let refused = snapshot(&directory).refused.clone();
+
+    directory.apply(Ok(node("c", 9).record()));
+
+    let held = Reason::PrefixHeld {
+        prefix: prefix("10.244.0.0/22"),
+        holder: name("a"),
+    };
+    assert_eq!(refused[&name("b")].reasons, [held]);
+    assert_eq!(snapshot(&directory).refused, refused);
+}
+
+#[test]
 fn a_node_whose_record_becomes_unreadable_stays_as_it_was() {
     let mut directory = after(&[&[node("a", 2)]]);
     let bad = Unreadable {

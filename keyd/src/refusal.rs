@@ -103,7 +103,7 @@ pub enum Refusal {
     #[error("its public key is refused: {0}")]
     Key(InvalidKey),
     /// The public key is a second spelling of another one.
-    #[error("its public key is not in canonical form (RFC 7748 §5), so that no private key yields it")]
+    #[error("its public key is not in canonical form (RFC 7748, section 5), so that no private key yields it")]
     KeyNotCanonical,
     /// The record is about another node than its place says.
     #[error("it is about the node {found}, in the place of {place}")]

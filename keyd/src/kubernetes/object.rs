@@ -210,14 +210,15 @@ fn record(
         .iter()
         .filter(|text| !text.is_empty())
         .map(|text| text.parse().map_err(|_| unreadable("its pod CIDR", text)))
-        .collect::<Result<_, _>>()?;
-    if addresses.len() > Record::MAX_ADDRESSES {
-        let reason = format!(
-            "it has {} addresses, more than the {} that are read",
-            addresses.len(),
-            Record::MAX_ADDRESSES
-        );
-        return Err((Some(node), reason));
+        .collect::<Result<Vec<_>, _>>()?;
+    for (what, count, limit) in [
+        ("addresses", addresses.len(), Record::MAX_ADDRESSES),
+        ("pod CIDRs", pod_prefixes.len(), Record::MAX_POD_PREFIXES),
+    ] {
+        if count > limit {
+            let reason = format!("it has {count} {what}, more than the {limit} that are read");
+            return Err((Some(node), reason));
+        }
     }
     Ok(Record {
         addresses,
@@ -337,6 +338,22 @@ mod tests {
             };
             assert_eq!(read(text).record, Err(bad), "{text}");
         }
+    }
+
+    #[test]
+    fn more_pod_cidrs_than_are_read_are_refused() {
+        let cidrs = vec!["\"10.244.1.0/24\""; 1025].join(",");
+
+        let record = read(&format!(
+            r#"{{"metadata":{{"name":"a"}},"spec":{{"podCIDRs":[{cidrs}]}}}}"#
+        ))
+        .record;
+
+        let bad = Unreadable {
+            node: Some("a".parse().unwrap()),
+            reason: "Node a: it has 1025 pod CIDRs, more than the 1024 that are read".to_owned(),
+        };
+        assert_eq!(record, Err(bad));
     }
 
     #[test]

@@ -157,6 +157,8 @@ fn a_memory_that_lacks_a_peer_takes_nothing_from_it() -> Result<()> {
         |status| status.raw["directory"]["state"] == "cached" && status.pass.number > 1,
     )?;
     ensure!(remembering.peers.len() == 1, "a remembers {:?}", remembering.peers);
+    let changes = &remembering.raw["pass"]["latestChanges"];
+    ensure!(changes == &serde_json::json!([]), "the memory changed {changes}");
     mesh.all_flows_work("a1", "b1")?;
     mesh.all_flows_work("b1", "a1")?;
     std::fs::rename(&away, &folder)?;

@@ -1,6 +1,6 @@
 # The front door. Each goal installs what it lacks and says so; a second run is quick.
 
-.PHONY: help demo demo-k8s test test-vm support bench-peers bench-directory ebpf build
+.PHONY: help demo demo-k8s test test-vm support bench-peers bench-directory fuzz ebpf build
 
 help:
 	@echo "make demo          three nodes on this machine, every pod byte encrypted, proven on the wire"
@@ -11,6 +11,7 @@ help:
 	@echo "make support       writes docs/support.md from the latest make test-vm FULL=1"
 	@echo "make bench-peers   what 5,000 peers take: time and memory (docs/bench/peers.md); VM=1: in the emulator, with the kernel's WireGuard"
 	@echo "make bench-directory  what a cluster of 5,000 nodes costs one agent: time, memory, requests (docs/bench/directory.md)"
+	@echo "make fuzz          looks for inputs that break a promise, a minute for each kind (TARGET=announcement SECONDS=3600: one, for an hour)"
 	@echo "make ebpf          rebuilds the gate's BPF object (nightly Rust, LLVM)"
 	@echo "make build         target/release/shroud"
 
@@ -43,6 +44,9 @@ endif
 bench-directory:
 	@scripts/setup.sh demo
 	@cargo bench --locked --package shroud --bench directory
+
+fuzz:
+	@scripts/fuzz.sh "$(TARGET)" "$(SECONDS)"
 
 ebpf:
 	@ebpf/build.sh

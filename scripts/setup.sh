@@ -6,11 +6,12 @@
 #   scripts/setup.sh deploy    what the tests of deploy/ run on (Helm's engine and other Python packages, kubectl, musl)
 #   scripts/setup.sh test      all of the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, cargo-deny)
 #   scripts/setup.sh vm        the above, and an emulator with small tools for its guests (qemu, busybox)
+#   scripts/setup.sh fuzz      compile Shroud, and cargo-fuzz (scripts/fuzz.sh finds the nightly Rust it needs)
 #   scripts/setup.sh ebpf      what rebuilds the gate's BPF object (pinned nightly Rust, LLVM, bpf-linker)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-goal=${1:?usage: scripts/setup.sh build|demo|deploy|test|vm|ebpf}
+goal=${1:?usage: scripts/setup.sh build|demo|deploy|test|vm|fuzz|ebpf}
 tools=${SHROUD_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/shroud/tools}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -101,6 +102,10 @@ case $goal in
     vm)
         tests
         apt_install binutils busybox-static qemu-system-x86 xz-utils
+        ;;
+    fuzz)
+        build
+        cargo_tool cargo-fuzz 0.13.2
         ;;
     ebpf) ebpf/build.sh --setup ;;
     *) die "unknown goal $goal" ;;

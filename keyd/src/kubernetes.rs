@@ -24,6 +24,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use serde_json::value::RawValue;
 use shroud_model::NodeName;
 use tokio::sync::{mpsc, watch};
 
@@ -33,11 +34,12 @@ use self::api::{Api, Failure};
 use self::complain::complain;
 pub use self::complain::{Complaint, complaints};
 use self::follow::{Collection, Update, chance, follow};
-use self::object::{ConfigMap, Node};
+use self::object::{ConfigMap, Node, Object as _};
 use self::pace::Pace;
 pub use self::publish::FIELD_MANAGER;
 use self::publish::{OwnNode, publish};
 use crate::source::Event;
+use crate::{Excerpt, Record, Unreadable};
 
 /// How many failures in a row make a silence: the first few are part of a server's life.
 const SILENCE: u32 = 3;
@@ -120,6 +122,18 @@ pub async fn run(
         never = check(&api, foreign.subscribe(), checked) => match never {},
         () = events.closed() => {}
     }
+}
+
+/// Reads one Node object, in JSON, as [`run`] reads each that the API server sends.
+///
+/// # Errors
+/// [`Unreadable`] names the node, as far as the object does, and says what is wrong in words that are safe to print.
+pub fn read_node(json: &str) -> Result<Record, Unreadable> {
+    let object: &RawValue = serde_json::from_str(json).map_err(|error| Unreadable {
+        node: None,
+        reason: format!("it is no JSON: {}", Excerpt::of(&error.to_string())),
+    })?;
+    Node::read(object).record
 }
 
 impl Telemetry {
@@ -315,6 +329,16 @@ mod tests {
                 .map(|(entry, remark)| (entry.to_owned(), remark.to_owned()))
                 .into()
         );
+    }
+
+    #[test]
+    fn a_text_that_is_no_json_is_no_node() {
+        let unreadable = Unreadable {
+            node: None,
+            reason: "it is no JSON: expected value at line 1 column 1".to_owned(),
+        };
+
+        assert_eq!(read_node("Node"), Err(unreadable));
     }
 
     #[test]

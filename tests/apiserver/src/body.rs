@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
 
 use crate::journal::Entry;
@@ -34,8 +34,18 @@ enum Content {
 pub(crate) enum Piece {
     /// Bytes, in one chunk.
     Bytes(Bytes),
+    /// Nothing to be sent: HTTP has taken whatever came before, and the head.
+    Taken(oneshot::Sender<()>),
     /// The connection ends here, in the middle of the body.
     Cut,
+}
+
+/// Waits until all that was said so far, and the head, is on its way to the client, or nobody receives any more.
+pub(crate) async fn said(out: &mpsc::Sender<Piece>) {
+    let (taken, is_taken) = oneshot::channel();
+    if out.send(Piece::Taken(taken)).await.is_ok() && is_taken.await.is_ok() {
+        tokio::time::sleep(TO_THE_SOCKET).await;
+    }
 }
 
 /// The body ends before its end, on purpose.
@@ -53,7 +63,7 @@ impl std::error::Error for CutShort {}
 /// Beyond this many bytes the real server starts to send before it knows the length.
 const CHUNKED_ABOVE: usize = 2048;
 
-/// HTTP buffers what it sends, and an error of the body throws the buffer away; it gets this long to reach the socket first.
+/// HTTP buffers what it has taken, and an error of the body throws the buffer away; it gets this long to reach the socket first.
 const TO_THE_SOCKET: Duration = Duration::from_millis(20);
 
 impl Answer {
@@ -100,6 +110,11 @@ impl Body for Answer {
             Some(Piece::Bytes(bytes)) => {
                 self.entry.sent(bytes.len());
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
+            }
+            Some(Piece::Taken(taken)) => {
+                // If nobody waits for it any more, nobody has to be told.
+                let _told = taken.send(());
+                self.poll_frame(context)
             }
             Some(Piece::Cut) => {
                 self.content = Content::Cutting(Box::pin(tokio::time::sleep(TO_THE_SOCKET)));

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::body::Piece;
+use crate::body::{Piece, said};
 use crate::context::{Context, StreamingLists};
 use crate::encode;
 use crate::fault::{Facts, WatchEffect};
@@ -117,7 +117,15 @@ impl Watch {
             return;
         };
         let mut bookmark = self.next_bookmark(&context, opened, deadline);
+        let mut is_first = true;
         loop {
+            // A fault that meets an open watch comes before what happens after it; what the watch begins with comes before any fault.
+            while !is_first && let Some((serial, effect)) = context.faults.on_watch(&facts, latest_fault) {
+                latest_fault = serial;
+                if !self.suffer(effect, &line, &out).await {
+                    return;
+                }
+            }
             let batch = {
                 let state = context.store.read();
                 changes.mark_unchanged();
@@ -127,11 +135,8 @@ impl Watch {
             if !send(&out, batch).await {
                 return;
             }
-            while let Some((serial, effect)) = context.faults.on_watch(&facts, latest_fault) {
-                latest_fault = serial;
-                if !self.suffer(effect, &line, &out).await {
-                    return;
-                }
+            if std::mem::take(&mut is_first) {
+                continue;
             }
             tokio::select! {
                 () = out.closed() => return,
@@ -274,6 +279,7 @@ impl Watch {
 
     /// Carries out a fault. False: the watch is over.
     async fn suffer(&self, effect: WatchEffect, line: &Line, out: &mpsc::Sender<Piece>) -> bool {
+        said(out).await;
         match effect {
             WatchEffect::End => false,
             WatchEffect::Error(status) => {

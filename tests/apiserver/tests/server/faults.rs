@@ -156,6 +156,34 @@ fn a_silent_watch_stays_open_and_says_nothing() {
 }
 
 #[test]
+fn a_fault_that_is_armed_already_meets_a_watch_after_its_first_events() {
+    for round in 0..40 {
+        for (effect, end) in [
+            (WatchEffect::Silence, None),
+            (WatchEffect::Reset, Some(End::Reset)),
+            (WatchEffect::Cut, Some(End::Cut)),
+        ] {
+            let server = server();
+            server.fault(Fault::watch(effect).times(1));
+
+            let mut client = admin(&server);
+            client.set_patience(Duration::from_secs(2));
+            let head = client.open(&Request::get(WATCH)).unwrap();
+            let first = client
+                .chunk()
+                .unwrap_or_else(|end| panic!("round {round}: {end:?} before the node that is there"));
+
+            assert_eq!(head.status, 200);
+            assert!(String::from_utf8(first.unwrap()).unwrap().contains("\"ADDED\""));
+            match end {
+                Some(end) => assert_eq!(client.chunk(), Err(end), "round {round}"),
+                None => assert!(client.is_silent_for(Duration::from_millis(30))),
+            }
+        }
+    }
+}
+
+#[test]
 fn a_silent_server_accepts_and_answers_nothing() {
     let server = server();
     let mut open = admin(&server);

@@ -11,6 +11,9 @@ use shroud_lab::{Agent, AgentOptions, Capture, Family, Protocol, Status, Topolog
 
 use crate::mesh::{Mesh, SHROUD, nothing_leaked};
 
+/// How long a connection may say nothing: the agents have nothing to do with it, but the machine is busy with all of them.
+const STALL: Duration = Duration::from_secs(4);
+
 /// Nodes in a cluster.
 struct Nodes {
     mesh: Mesh,
@@ -85,12 +88,7 @@ fn none_was_lost(pulses: Vec<Pulse>) -> Result<()> {
     for beat in pulses.into_iter().flat_map(Pulse::stop) {
         ensure!(beat.lost.is_none(), "{}: {:?}", beat.name, beat.lost);
         ensure!(beat.echoes > 0, "{} never spoke", beat.name);
-        ensure!(
-            beat.longest_gap < Duration::from_secs(1),
-            "{} stalled {:?}",
-            beat.name,
-            beat.longest_gap
-        );
+        ensure!(beat.longest_gap < STALL, "{} stalled {:?}", beat.name, beat.longest_gap);
     }
     Ok(())
 }

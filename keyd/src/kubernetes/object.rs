@@ -5,7 +5,9 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
 
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -31,13 +33,13 @@ pub(super) struct Metadata {
 #[derive(Default, Deserialize)]
 struct HasMetadata {
     #[serde(default)]
-    metadata: Metadata,
+    metadata: Fields<Metadata>,
 }
 
 /// The name and version of an object.
 pub(super) fn metadata(raw: &RawValue) -> Metadata {
-    let object: HasMetadata = serde_json::from_str(raw.get()).unwrap_or_default();
-    object.metadata
+    let Fields(object): Fields<HasMetadata> = serde_json::from_str(raw.get()).unwrap_or_default();
+    object.metadata.0
 }
 
 /// A Node object.
@@ -53,8 +55,8 @@ pub(super) struct Node {
 
 impl Object for Node {
     fn read(raw: &RawValue) -> Self {
-        match serde_json::from_str::<NodeObject>(raw.get()) {
-            Ok(object) => object.into(),
+        match serde_json::from_str::<Fields<NodeObject>>(raw.get()) {
+            Ok(Fields(object)) => object.into(),
             Err(error) => {
                 let Metadata { name, .. } = metadata(raw);
                 let reason = format!(
@@ -75,13 +77,37 @@ impl Object for Node {
     }
 }
 
+/// What is read from an object with named fields, and never from the list of their values that serde would take as well.
+#[derive(Default)]
+struct Fields<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Fields<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Named<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Named<T> {
+            type Value = T;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map))
+            }
+        }
+
+        deserializer.deserialize_map(Named(PhantomData)).map(Self)
+    }
+}
+
 #[derive(Deserialize)]
 struct NodeObject {
-    metadata: NodeMetadata,
+    metadata: Fields<NodeMetadata>,
     #[serde(default)]
-    spec: NodeSpec,
+    spec: Fields<NodeSpec>,
     #[serde(default)]
-    status: NodeStatus,
+    status: Fields<NodeStatus>,
 }
 
 #[derive(Deserialize)]
@@ -143,9 +169,9 @@ struct NodeSpec {
 #[derive(Default, Deserialize)]
 struct NodeStatus {
     #[serde(default)]
-    addresses: Option<Vec<NodeAddress>>,
+    addresses: Option<Vec<Fields<NodeAddress>>>,
     #[serde(default)]
-    conditions: Option<Vec<NodeCondition>>,
+    conditions: Option<Vec<Fields<NodeCondition>>>,
 }
 
 #[derive(Deserialize)]
@@ -165,12 +191,12 @@ struct NodeAddress {
 impl From<NodeObject> for Node {
     fn from(object: NodeObject) -> Self {
         let NodeObject {
-            metadata,
-            spec,
-            mut status,
+            metadata: Fields(metadata),
+            spec: Fields(spec),
+            status: Fields(mut status),
         } = object;
         let mut conditions = status.conditions.take().unwrap_or_default().into_iter();
-        let network_unavailable = conditions.find(|condition| condition.kind == "NetworkUnavailable");
+        let network_unavailable = conditions.find(|Fields(condition)| condition.kind == "NetworkUnavailable");
         let record = record(&metadata.name, metadata.annotations.ours, spec, status);
         Self {
             uid: metadata.uid,
@@ -178,7 +204,7 @@ impl From<NodeObject> for Node {
                 node,
                 reason: format!("Node {}: {reason}", Excerpt::of(&metadata.name)),
             }),
-            network_unavailable: network_unavailable.map(|condition| condition.status),
+            network_unavailable: network_unavailable.map(|Fields(condition)| condition.status),
         }
     }
 }
@@ -200,7 +226,7 @@ fn record(
     let listed = status.addresses.unwrap_or_default();
     let mut addresses = Vec::new();
     for wanted in ADDRESS_TYPES {
-        for NodeAddress { address, .. } in listed.iter().filter(|listed| listed.kind == wanted) {
+        for Fields(NodeAddress { address, .. }) in listed.iter().filter(|Fields(listed)| listed.kind == wanted) {
             addresses.push(address.parse().map_err(|_| unreadable("its address", address))?);
         }
     }

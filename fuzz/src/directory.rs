@@ -43,6 +43,8 @@ const ADDRESSES: [&str; 9] = [
     "fe80::1",
     "0.0.0.0",
 ];
+/// In steps. Names and prefixes are so few that a longer history has been everywhere before.
+const LONGEST_HISTORY: usize = 48;
 const PROTECTED: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
 
 /// Checks that whatever the history, nobody is given what is another's, and a restart or another order of equal facts changes nothing.
@@ -51,7 +53,10 @@ pub fn check(bytes: &[u8]) {
     // Bytes that end in the middle of a step end the history before it.
     let Ok(given) = history.arbitrary() else { return };
     let mut world = World::new(given);
-    while !history.is_empty() {
+    for _ in 0..LONGEST_HISTORY {
+        if history.is_empty() {
+            return;
+        }
         let Ok(step) = step(&mut history) else { return };
         world.take(step);
     }

@@ -52,6 +52,11 @@ fn what_must_be_true_of_every_node_object_is() {
     replay("node_object", node_object::check);
 }
 
+#[test]
+fn what_must_be_true_of_every_history_is() {
+    replay("directory", directory::check);
+}
+
 fn believed_as_named(corpus: &str, believed: impl Fn(&[u8]) -> bool) {
     let mut kinds = [0, 0];
     for path in files(&folder(corpus)) {

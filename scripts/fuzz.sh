@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Looks for inputs that break what fuzz/src promises, and keeps the few that reach code no other input reaches.
+# Looks for inputs that break what fuzz/src promises, and keeps a few that together reach all the code that was reached.
 #
 #   scripts/fuzz.sh                       every target, a minute each
 #   scripts/fuzz.sh announcement 3600     one target, for an hour
@@ -35,11 +35,13 @@ toolchain() {
     echo "$nightly"
 }
 
-# run TARGET MODE DIRECTORY... [-- OPTION...]: libFuzzer with what holds for every run. An input that takes long or much memory is a finding.
+# run TARGET DIRECTORY... -- OPTION...: libFuzzer with what holds for every run. An input that takes long or much memory is a finding,
+# so that AddressSanitizer keeps little freed memory itself. All lengths are tried from the beginning: a history of few bytes is short.
 run() {
     local name=$1
     shift
-    cargo fuzz run "$name" "$@" -rss_limit_mb=512 -timeout=25 -print_final_stats=1 ${dictionary:+"-dict=$dictionary"}
+    ASAN_OPTIONS=quarantine_size_mb=32 cargo fuzz run "$name" "$@" \
+        -rss_limit_mb=512 -timeout=25 -len_control=0 -print_final_stats=1 ${dictionary:+"-dict=$dictionary"}
 }
 
 # fuzz TARGET: looks for `seconds`, then keeps what is worth keeping.
@@ -50,13 +52,14 @@ fuzz() {
 
     say "$name: looking for $seconds s from $(find "$corpus" -type f | wc -l) files"
     if ! run "$name" "$seen" "$corpus" -- "-max_total_time=$seconds"; then
-        say "$name: a promise of fuzz/src/$name.rs is broken, or the run was. The input is in fuzz/artifacts/$name. To make it small, and then to see why:"
+        say "$name: a promise of fuzz/src/$name.rs is broken (or the run was interrupted). The input is in fuzz/artifacts/$name."
+        say "To make it small, and to see why:"
         say "  PATH=$tools/bin:\$PATH cargo +$RUSTUP_TOOLCHAIN fuzz tmin $name fuzz/artifacts/$name/FILE"
         say "  PATH=$tools/bin:\$PATH cargo +$RUSTUP_TOOLCHAIN fuzz run $name fuzz/artifacts/$name/FILE"
         exit 1
     fi
 
-    # What reaches something that the handwritten files do not, named by its content.
+    # What reaches code that the handwritten files do not, named by its content.
     rm -rf "$kept"
     mkdir -p "$kept"
     find "$corpus" -maxdepth 1 -type f -exec cp -t "$kept" {} +

@@ -343,9 +343,7 @@ pub struct Directory {
     protected: BTreeSet<Prefix>,
     entries: BTreeMap<NodeName, Entry>,
     /// What the source says of this node itself, or last said.
-    own: Option<Record>,
-    /// Whether the source's latest word has this node in it.
-    own_listed: bool,
+    own: Option<OwnEntry>,
     keys: BTreeMap<NodeName, PublicKey>,
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
@@ -362,6 +360,14 @@ struct Entry {
     record: Record,
     claims: Claims,
     epoch: Option<u64>,
+}
+
+/// The same of this node itself.
+struct OwnEntry {
+    record: Record,
+    claims: Claims,
+    /// Whether the source's latest word has this node in it.
+    listed: bool,
 }
 
 /// Whether a record said anything new. A cluster repeats itself all day.
@@ -386,7 +392,6 @@ impl Directory {
             protected,
             entries: BTreeMap::new(),
             own: None,
-            own_listed: false,
             keys: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             addresses: BTreeMap::new(),
@@ -424,7 +429,7 @@ impl Directory {
                 .entries
                 .values()
                 .map(|entry| &entry.record)
-                .chain(&self.own)
+                .chain(self.own.as_ref().map(|own| &own.record))
                 .cloned()
                 .collect(),
             keys: self.keys.clone(),
@@ -447,7 +452,7 @@ impl Directory {
         self.remove_absent(names);
         self.unreadable = unreadable;
         self.left_out = 0;
-        self.own_listed = false;
+        self.unlist_own();
         for record in records.into_values() {
             self.enter(record, None);
         }
@@ -525,19 +530,36 @@ impl Directory {
 
     fn forget(&mut self, node: &NodeName) {
         if *node == self.local.node {
-            self.own_listed = false;
+            self.unlist_own();
         }
         self.entries.remove(node);
         self.keys.remove(node);
     }
 
+    /// The source's latest word does not have this node in it; what it last said of it counts.
+    fn unlist_own(&mut self) {
+        if let Some(own) = &mut self.own {
+            own.listed = false;
+        }
+    }
+
+    /// Takes in what the source says of this node itself.
+    fn enter_own(&mut self, record: Record) -> Change {
+        if self.own.as_ref().is_some_and(|own| own.listed && own.record == record) {
+            return Change::None;
+        }
+        self.own = Some(OwnEntry {
+            claims: Claims::of(&record, None, &self.protected),
+            record,
+            listed: true,
+        });
+        Change::Some
+    }
+
     /// Takes a record in. `remembered` is an epoch from an earlier run.
     fn enter(&mut self, record: Record, remembered: Option<u64>) -> Change {
         if record.node == self.local.node {
-            let says_the_same = self.own_listed && self.own.as_ref() == Some(&record);
-            self.own_listed = true;
-            self.own = Some(bounded(record));
-            return if says_the_same { Change::None } else { Change::Some };
+            return self.enter_own(bounded(record));
         }
         let known = self.entries.get(&record.node);
         if known.is_some_and(|entry| entry.record == record) {
@@ -816,16 +838,14 @@ impl Directory {
 
     /// What is known of this node itself.
     fn own(&self) -> Own {
-        let claims = self
-            .own
-            .as_ref()
-            .map(|record| Claims::of(record, None, &self.protected));
-        let (given, addresses) = claims
-            .map(|claims| (claims.prefixes, claims.addresses))
-            .unwrap_or_default();
+        let claims = self.own.as_ref().map(|own| &own.claims);
         Own {
-            pod_prefixes: self.local.pod_prefixes.clone().unwrap_or(given),
-            addresses,
+            pod_prefixes: match (&self.local.pod_prefixes, claims) {
+                (Some(configured), _) => configured.clone(),
+                (None, Some(claims)) => claims.prefixes.clone(),
+                (None, None) => BTreeSet::new(),
+            },
+            addresses: claims.map(|claims| claims.addresses.clone()).unwrap_or_default(),
         }
     }
 
@@ -845,7 +865,7 @@ impl Directory {
 
     /// Where the directory and this node disagree on this node.
     fn own_problems(&self) -> Vec<Problem> {
-        let Some(own) = self.own.as_ref().filter(|_| self.own_listed) else {
+        let Some(OwnEntry { record, claims, .. }) = self.own.as_ref().filter(|own| own.listed) else {
             return self
                 .local
                 .pod_prefixes
@@ -855,7 +875,7 @@ impl Directory {
                 .collect();
         };
         let mut problems = Vec::new();
-        let announced = own
+        let announced = record
             .announcement
             .as_deref()
             .and_then(|raw| Announcement::parse(raw).ok());
@@ -864,12 +884,16 @@ impl Directory {
         }
         match &self.local.pod_prefixes {
             Some(configured) => {
-                let unknown = own.pod_prefixes.iter().filter(|prefix| !configured.contains(prefix));
+                let unknown = record.pod_prefixes.iter().filter(|prefix| !configured.contains(prefix));
                 problems.extend(unknown.map(|&prefix| Problem::LocalPrefix(prefix)));
             }
             None => {
-                let reasons = Claims::of(own, None, &self.protected).reasons;
-                problems.extend(reasons.iter().map(|reason| Problem::LocalFlaw(reason.to_string())));
+                problems.extend(
+                    claims
+                        .reasons
+                        .iter()
+                        .map(|reason| Problem::LocalFlaw(reason.to_string())),
+                );
             }
         }
         problems

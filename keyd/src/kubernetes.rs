@@ -271,6 +271,13 @@ fn denied(map: &ConfigMap) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// Waits until there is something new to see; for ever, when nobody will ever show anything new.
+async fn news<T>(of: &mut watch::Receiver<T>) {
+    if of.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
 async fn pass_on(events: &mpsc::Sender<Event>, event: Option<Event>) {
     if let Some(event) = event {
         // Nobody listening ends all of this soon: `run` waits for it.

@@ -12,11 +12,12 @@ use serde_json::json;
 use shroud_model::NodeName;
 use tokio::sync::watch;
 
-use super::api::{Api, Failure, FailureKind};
+use super::api::{Api, Failure, FailureKind, apply, post};
 use super::follow::chance;
+use super::news;
 use super::object::Node;
 use super::pace::Pace;
-use super::publish::{FIELD_MANAGER, announced, apply_request};
+use super::publish::{FIELD_MANAGER, announced};
 
 /// How often is asked; a policy can be taken away.
 const EVERY: Duration = Duration::from_secs(3600);
@@ -52,9 +53,7 @@ pub(super) async fn check(
     let mut pace = Pace::new(Instant::now() + SPREAD.mul_f64(chance()));
     loop {
         let Some(node) = foreign.borrow_and_update().clone() else {
-            if foreign.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
+            news(&mut foreign).await;
             continue;
         };
         tokio::time::sleep_until(pace.next().into()).await;
@@ -93,10 +92,8 @@ async fn may_change(api: &Api, node: &ForeignNode) -> Result<bool, Failure> {
         "kind": "SelfSubjectAccessReview",
         "spec": { "resourceAttributes": { "verb": "patch", "resource": "nodes", "name": name } },
     });
-    let request = http::Request::post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews")
-        .header(http::header::CONTENT_TYPE, "application/json")
-        .body(question.to_string().into_bytes())
-        .map_err(|error| Failure::new(FailureKind::Malformed, &attempt, error))?;
+    let target = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+    let request = post(&attempt, target, &question)?;
     let review: Review = serde_json::from_slice(&api.ask(&attempt, request).await?)
         .map_err(|error| Failure::new(FailureKind::Malformed, &attempt, error))?;
     if !review.status.allowed {
@@ -105,7 +102,7 @@ async fn may_change(api: &Api, node: &ForeignNode) -> Result<bool, Failure> {
 
     let attempt = format!("try to change Node {name}, without doing it");
     let target = format!("/api/v1/nodes/{name}?fieldManager={FIELD_MANAGER}&force=true&dryRun=All");
-    let request = apply_request(&attempt, target, &announced(name, uid, "{}"))?;
+    let request = apply(&attempt, &target, &announced(name, uid, "{}"))?;
     match api.ask(&attempt, request).await {
         Ok(_) => Ok(true),
         // A policy that does not say why it denies answers 422.

@@ -11,6 +11,7 @@ use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 use serde::Deserialize;
+use serde_json::Value;
 use tokio::sync::Mutex;
 use tower::ServiceBuilder;
 
@@ -253,6 +254,28 @@ impl Api {
         *connected = Some(made.clone());
         Ok(made)
     }
+}
+
+/// A new object, to be made.
+pub(super) fn post(attempt: &str, target: &str, body: &Value) -> Result<http::Request<Vec<u8>>, Failure> {
+    let request = http::Request::post(target).header(http::header::CONTENT_TYPE, "application/json");
+    with_body(attempt, request, body)
+}
+
+/// A server-side apply, of whose answer only the metadata is wanted: a whole Node is not worth its bytes.
+pub(super) fn apply(attempt: &str, target: &str, body: &Value) -> Result<http::Request<Vec<u8>>, Failure> {
+    let request = http::Request::patch(target)
+        .header(http::header::CONTENT_TYPE, "application/apply-patch+yaml")
+        .header(
+            http::header::ACCEPT,
+            "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1",
+        );
+    with_body(attempt, request, body)
+}
+
+fn with_body(attempt: &str, request: http::request::Builder, body: &Value) -> Result<http::Request<Vec<u8>>, Failure> {
+    let request = request.body(body.to_string().into_bytes());
+    request.map_err(|error| Failure::new(FailureKind::Malformed, attempt, error))
 }
 
 /// Reads the credentials, and prepares to connect.

@@ -12,10 +12,11 @@ use serde_json::{Value, json};
 use shroud_model::NodeName;
 use tokio::sync::watch;
 
-use super::Wanted;
-use super::api::{Api, Failure, FailureKind};
+use super::api::{Api, Failure, FailureKind, post};
 use super::follow::chance;
 use super::pace::Pace;
+use super::publish::FIELD_MANAGER;
+use super::{Wanted, news};
 use crate::{Reason, Snapshot};
 
 /// How many nodes report each refused one.
@@ -79,15 +80,13 @@ pub(super) async fn complain(
     loop {
         let complaints = wanted.borrow_and_update().complaints.clone();
         told.retain(|(node, complaint)| complaints.get(node) == Some(complaint));
-        let news = complaints.into_iter().find(|complaint| !told.contains(complaint));
-        let Some((node, complaint)) = news else {
-            if wanted.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
+        let untold = complaints.into_iter().find(|complaint| !told.contains(complaint));
+        let Some((node, complaint)) = untold else {
+            news(&mut wanted).await;
             continue;
         };
         tokio::time::sleep_until(pace.next().into()).await;
-        match post(api, own, &node, &complaint).await {
+        match write(api, own, &node, &complaint).await {
             Ok(()) => pace.succeeded(),
             // Another reporter was first.
             Err(failure) if failure.kind == FailureKind::Conflict => pace.succeeded(),
@@ -121,13 +120,11 @@ fn is_passing(kind: FailureKind) -> bool {
     }
 }
 
-async fn post(api: &Api, own: &NodeName, node: &NodeName, complaint: &Complaint) -> Result<(), Failure> {
+async fn write(api: &Api, own: &NodeName, node: &NodeName, complaint: &Complaint) -> Result<(), Failure> {
     let attempt = format!("write an Event on Node {node}");
     // Events on objects without a namespace are in this one.
-    let request = http::Request::post("/apis/events.k8s.io/v1/namespaces/default/events?fieldManager=shroud-agent")
-        .header(http::header::CONTENT_TYPE, "application/json")
-        .body(event(own, node, complaint, &Timestamp::now()).to_string().into_bytes())
-        .map_err(|error| Failure::new(FailureKind::Malformed, &attempt, error))?;
+    let target = format!("/apis/events.k8s.io/v1/namespaces/default/events?fieldManager={FIELD_MANAGER}");
+    let request = post(&attempt, &target, &event(own, node, complaint, &Timestamp::now()))?;
     api.ask(&attempt, request).await.map(drop)
 }
 

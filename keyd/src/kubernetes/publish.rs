@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 use shroud_model::NodeName;
 use tokio::sync::watch;
 
-use super::Wanted;
-use super::api::{Api, Failure, FailureKind};
+use super::api::{self, Api, Failure};
 use super::follow::chance;
 use super::object::Node;
 use super::pace::Pace;
+use super::{Wanted, news};
 use crate::ANNOTATION;
 
 /// The name under which the API server remembers that the annotation is ours.
@@ -104,13 +104,9 @@ pub(super) async fn publish(
             }
             continue;
         }
-        let changed = tokio::select! {
-            changed = wanted.changed() => changed,
-            changed = seen.changed() => changed,
-        };
-        if changed.is_err() {
-            // Nobody will ever want anything else.
-            std::future::pending::<()>().await;
+        tokio::select! {
+            () = news(&mut wanted) => {}
+            () = news(&mut seen) => {}
         }
     }
 }
@@ -127,20 +123,8 @@ async fn apply(api: &Api, node: &NodeName, uid: &str, write: &Write) -> Result<(
         }
     };
     let target = format!("/api/v1/nodes/{node}{path}?fieldManager={FIELD_MANAGER}&force=true");
-    let request = apply_request(&attempt, target, &body)?;
+    let request = api::apply(&attempt, &target, &body)?;
     api.ask(&attempt, request).await.map(drop)
-}
-
-/// A server-side apply, of whose answer only the metadata is wanted: a whole Node is not worth its bytes.
-pub(super) fn apply_request(attempt: &str, target: String, body: &Value) -> Result<http::Request<Vec<u8>>, Failure> {
-    http::Request::patch(target)
-        .header(http::header::CONTENT_TYPE, "application/apply-patch+yaml")
-        .header(
-            http::header::ACCEPT,
-            "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1",
-        )
-        .body(body.to_string().into_bytes())
-        .map_err(|error| Failure::new(FailureKind::Malformed, attempt, error))
 }
 
 /// A Node with our annotation and nothing else, to be applied.

@@ -12,7 +12,6 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,11 +23,12 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
 
 use crate::check::{Check, Problem};
 use crate::metrics;
+use crate::places::Places;
 use crate::readiness::Readiness;
 use crate::reconcile::Wake;
 use crate::serve;
@@ -179,12 +179,9 @@ fn cannot_listen(address: SocketAddr, error: &io::Error) -> Problem {
 }
 
 async fn accept(listener: TcpListener, sources: Sources, patience: Duration) -> Infallible {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Places::new(CONNECTIONS);
     loop {
-        let place = Arc::clone(&places)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
+        let place = places.free().await;
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -194,16 +191,7 @@ async fn accept(listener: TcpListener, sources: Sources, patience: Duration) -> 
                 continue;
             }
         };
-        let sources = sources.clone();
-        // Bounded in number by `places` and in time by `patience`, so nobody needs to join it.
-        tokio::spawn(async move {
-            match tokio::time::timeout(patience, serve_one(stream, sources)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => debug!(%error, "http request broke off"),
-                Err(_) => debug!("http request took too long"),
-            }
-            drop(place);
-        });
+        place.serve("http", patience, serve_one(stream, sources.clone()));
     }
 }
 

@@ -14,6 +14,7 @@ mod directory;
 mod explain;
 mod http;
 mod metrics;
+mod places;
 mod plan;
 mod rates;
 mod readiness;

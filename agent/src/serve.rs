@@ -6,17 +6,17 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
-use tracing::{debug, warn};
+use tokio::sync::{mpsc, oneshot};
+use tracing::warn;
 
 use crate::cli::Source;
+use crate::places::Places;
 
 /// How long a request may take, from the first byte to the last.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -79,23 +79,11 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
 
 /// Serves requests for as long as it is polled.
 pub(crate) async fn serve(listener: UnixListener, questions: mpsc::Sender<Question>) -> io::Result<()> {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Places::new(CONNECTIONS);
     loop {
-        let place = Arc::clone(&places)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
+        let place = places.free().await;
         let (stream, _) = listener.accept().await?;
-        let questions = questions.clone();
-        // Bounded in number by `places` and in time by PATIENCE, so nobody needs to join it.
-        tokio::spawn(async move {
-            match tokio::time::timeout(PATIENCE, answer(stream, questions)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => debug!(%error, "status request broke off"),
-                Err(_) => debug!("status request took too long"),
-            }
-            drop(place);
-        });
+        place.serve("status", PATIENCE, answer(stream, questions.clone()));
     }
 }
 

@@ -13,12 +13,15 @@ pub mod node_object;
 pub mod printable;
 #[path = "../../fuzz/src/record.rs"]
 pub mod record;
+#[path = "../../fuzz/replay.rs"]
+pub mod replay;
 
 use std::fs;
-use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use shroud_keyd::{Announcement, Record, kubernetes};
+
+use self::replay::{files, replay};
 
 #[test]
 fn announcements_are_believed_as_their_file_names_say() {
@@ -39,22 +42,22 @@ fn node_objects_are_believed_as_their_file_names_say() {
 
 #[test]
 fn what_must_be_true_of_every_announcement_is() {
-    replay("announcement", announcement::check);
+    replay(&folder("announcement"), announcement::check);
 }
 
 #[test]
 fn what_must_be_true_of_every_record_is() {
-    replay("record", record::check);
+    replay(&folder("record"), record::check);
 }
 
 #[test]
 fn what_must_be_true_of_every_node_object_is() {
-    replay("node_object", node_object::check);
+    replay(&folder("node_object"), node_object::check);
 }
 
 #[test]
 fn what_must_be_true_of_every_history_is() {
-    replay("directory", directory::check);
+    replay(&folder("directory"), directory::check);
 }
 
 fn believed_as_named(corpus: &str, believed: impl Fn(&[u8]) -> bool) {
@@ -77,32 +80,8 @@ fn believed_as_named(corpus: &str, believed: impl Fn(&[u8]) -> bool) {
     );
 }
 
-/// Checks every file of a corpus: handwritten ones and those the fuzzer found.
-fn replay(corpus: &str, check: fn(&[u8])) {
-    let found = folder(corpus).join("found");
-    let found = if found.is_dir() { files(&found) } else { Vec::new() };
-    let files = files(&folder(corpus)).into_iter().chain(found);
-    let mut count = 0;
-    for path in files {
-        count += 1;
-        let bytes = fs::read(&path).unwrap();
-        assert!(catch_unwind(|| check(&bytes)).is_ok(), "{}", path.display());
-    }
-    assert!(count > 0, "there is nothing to replay for {corpus}");
-}
-
 fn folder(corpus: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../fuzz/corpus")
         .join(corpus)
-}
-
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let mut files: Vec<PathBuf> = entries
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.is_file())
-        .collect();
-    files.sort();
-    files
 }

@@ -2,19 +2,22 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "../../../fuzz/replay.rs"]
+pub mod replay;
 #[path = "../../../fuzz/src/uapi.rs"]
 pub mod uapi;
 
 use std::fs;
-use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use shroud_wire::uapi::Parser;
 
+use self::replay::{files, replay};
+
 /// Each file is one request, or several, of which the last must be refused.
 #[test]
 fn handwritten_requests_are_refused() {
-    let files = files("uapi");
+    let files = files(&corpus());
 
     for path in &files {
         let mut parser = Parser::default();
@@ -27,24 +30,9 @@ fn handwritten_requests_are_refused() {
 
 #[test]
 fn what_must_be_true_of_every_request_is() {
-    let found = files("uapi/found");
-
-    assert!(!found.is_empty(), "the fuzzer has found something");
-    for path in files("uapi").into_iter().chain(found) {
-        let bytes = fs::read(&path).unwrap();
-        assert!(catch_unwind(|| uapi::check(&bytes)).is_ok(), "{}", path.display());
-    }
+    replay(&corpus(), uapi::check);
 }
 
-fn files(corpus: &str) -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../fuzz/corpus")
-        .join(corpus);
-    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let mut files: Vec<PathBuf> = entries
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.is_file())
-        .collect();
-    files.sort();
-    files
+fn corpus() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/uapi")
 }

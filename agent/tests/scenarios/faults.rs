@@ -9,23 +9,11 @@ use sha2::{Digest as _, Sha256};
 use shroud_lab::traffic::pulse::Pulse;
 use shroud_lab::{AgentOptions, Family, Protocol};
 
-use crate::mesh::{Mesh, SHROUD, nothing_leaked};
+use crate::mesh::{Mesh, SHROUD, none_was_lost, nothing_leaked};
 
-/// Long-lived TCP connections with an echo every 10 ms, in both families.
+/// Long-lived TCP connections in both families.
 fn pulses(mesh: &Mesh) -> Result<Vec<Pulse>> {
-    Family::BOTH
-        .into_iter()
-        .map(|family| {
-            Pulse::start(
-                Protocol::Tcp,
-                family,
-                mesh.lab.pod("a0"),
-                mesh.lab.pod("b0"),
-                5,
-                &mesh.lab.markers,
-            )
-        })
-        .collect()
+    mesh.pulses(&[("a0", "b0")], 5)
 }
 
 /// Waits until every connection speaks again, and insists that none was lost and that it did not take longer than allowed.
@@ -44,31 +32,11 @@ fn recovered(mesh: &Mesh, pulses: &[Pulse], since: Instant, within: Duration) ->
     Ok(())
 }
 
-fn none_was_lost(pulses: Vec<Pulse>) -> Result<Duration> {
-    let mut longest = Duration::ZERO;
-    for beat in pulses.into_iter().flat_map(Pulse::stop) {
-        ensure!(beat.lost.is_none(), "{}: {:?}", beat.name, beat.lost);
-        ensure!(beat.echoes > 0, "{} never spoke", beat.name);
-        longest = longest.max(beat.longest_gap);
-    }
-    Ok(longest)
-}
-
 #[test]
 fn with_the_gate_off_the_same_capture_finds_the_payloads() -> Result<()> {
     let mesh = Mesh::started("twin", 2, &AgentOptions::new(SHROUD).gate("off"))?;
-    for agent in &mesh.agents {
-        mesh.eventually("routes are there", Duration::from_secs(30), agent, |status| {
-            status.pass.number > 0 && !status.peers.is_empty() && status.pass.failures.is_empty()
-        })?;
-    }
-    let capture = mesh.capture()?;
-
-    mesh.all_flows_work("a0", "b0")?;
-
-    let evidence = capture.stop()?;
-    ensure!(evidence.plaintext_frames() > 0, "the oracle is blind: {evidence:?}");
-    Ok(())
+    mesh.all_have_routes()?;
+    mesh.is_seen_in_the_clear()
 }
 
 #[test]

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shroud_lab::agent::LISTEN_PORT;
 use shroud_lab::frame::Allowed;
+use shroud_lab::traffic::pulse::Pulse;
 use shroud_lab::{
     Agent, AgentOptions, Capture, Evidence, Family, Flow, Host, Lab, Outcome, Protocol, Status, Topology,
 };
@@ -73,6 +74,35 @@ impl Mesh {
         })
     }
 
+    /// Starts long-lived TCP connections with an echo every 10 ms: so many between each two pods, in both families.
+    pub(crate) fn pulses(&self, ways: &[(&str, &str)], connections: usize) -> Result<Vec<Pulse>> {
+        let each = ways.iter().flat_map(|way| Family::BOTH.map(|family| (way, family)));
+        each.map(|((from, to), family)| {
+            let (from, to) = (self.lab.pod(from), self.lab.pod(to));
+            Pulse::start(Protocol::Tcp, family, from, to, connections, &self.lab.markers)
+        })
+        .collect()
+    }
+
+    /// Waits until each agent has routes to its peers. With the gate off that is all there is to wait for: nobody is healthy then.
+    pub(crate) fn all_have_routes(&self) -> Result<()> {
+        for agent in &self.agents {
+            self.eventually("routes are there", START, agent, |status| {
+                status.pass.number > 0 && !status.peers.is_empty() && status.pass.failures.is_empty()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Insists that the same capture that finds nothing elsewhere finds the payloads here, where nothing is encrypted.
+    pub(crate) fn is_seen_in_the_clear(&self) -> Result<()> {
+        let capture = self.capture()?;
+        self.all_flows_work("a0", "b0")?;
+        let evidence = capture.stop()?;
+        ensure!(evidence.plaintext_frames() > 0, "the oracle is blind: {evidence:?}");
+        Ok(())
+    }
+
     /// Captures every underlay port from now on.
     pub(crate) fn capture(&self) -> Result<Capture> {
         Capture::start(&self.lab, Allowed::wireguard(LISTEN_PORT, self.lab.protected()))
@@ -136,6 +166,17 @@ impl Mesh {
         let output = self.agent(node).ask(&with_format)?;
         serde_json::from_str(&output.stdout).with_context(|| format!("{arguments:?} answered {output:?}"))
     }
+}
+
+/// Ends connections, insists that none was lost and that each has spoken, and returns the longest gap between two echoes.
+pub(crate) fn none_was_lost(pulses: Vec<Pulse>) -> Result<Duration> {
+    let mut longest = Duration::ZERO;
+    for beat in pulses.into_iter().flat_map(Pulse::stop) {
+        ensure!(beat.lost.is_none(), "{}: {:?}", beat.name, beat.lost);
+        ensure!(beat.echoes > 0, "{} never spoke", beat.name);
+        longest = longest.max(beat.longest_gap);
+    }
+    Ok(longest)
 }
 
 /// Ends a capture and insists that nothing leaked and nothing was missed.

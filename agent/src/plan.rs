@@ -599,6 +599,7 @@ fn gate_table(
         protected: config.protected.clone(),
         owners,
         exempt: config.exempt.clone(),
+        opted_out: BTreeSet::new(),
         nodes: nodes::table(config, snapshot, own_addresses),
         open_ports: config.encrypt.open_ports.clone(),
         overlay: (!kinds.is_empty()).then(|| config.routing.vni.number()),

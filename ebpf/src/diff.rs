@@ -178,11 +178,12 @@ impl fmt::Display for Change {
 
 fn summary(table: &Table) -> String {
     format!(
-        "{:?}, {} protected, {} owned, {} exempt",
+        "{:?}, {} protected, {} owned, {} exempt, {} opted out",
         table.mode,
         table.protected.len(),
         table.owners.len(),
-        table.exempt.len()
+        table.exempt.len(),
+        table.opted_out.len()
     )
     .to_lowercase()
 }

@@ -8,7 +8,8 @@ use std::net::IpAddr;
 
 use shroud_gate::{
     Address, Direction, Entry, Flow, LAYOUT_VERSION, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, NO_OVERLAY,
-    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PORTS, Packet, Settings, Shape, Upper, Verdict, flag,
+    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, PORTS, Packet, Settings, Shape, Upper, Verdict,
+    flag,
 };
 use shroud_model::{Mark, NodeId, Prefix};
 
@@ -33,6 +34,8 @@ pub enum Path {
     Local,
     /// Through the encryption device.
     Encrypted,
+    /// In the clear both ways: cluster configuration does not want it encrypted.
+    Plain,
     /// The owner is known, but has no usable key, was refused, or is shut out: drop.
     Fenced,
 }
@@ -91,6 +94,8 @@ pub struct Table {
     pub nodes: BTreeMap<IpAddr, Node>,
     /// Ranges that the cluster's configuration exempts.
     pub exempt: BTreeSet<Prefix>,
+    /// Pods that have opted out: what they send may be in the clear. What is sent to them may not.
+    pub opted_out: BTreeSet<IpAddr>,
     /// UDP destination ports that carry VXLAN, at most four.
     pub vxlan_ports: BTreeSet<u16>,
     /// UDP destination ports that carry Geneve, at most four.
@@ -114,9 +119,9 @@ impl Table {
     /// The table as the maps can hold it: where an owner and a node claim the same single address, it is the node's.
     pub(crate) fn settled(&self) -> Self {
         let mut table = self.clone();
-        table.owners.retain(|prefix, _| {
-            *prefix != Prefix::host(prefix.address()) || !self.nodes.contains_key(&prefix.address())
-        });
+        table
+            .owners
+            .retain(|prefix, _| !is_host(*prefix) || !self.nodes.contains_key(&prefix.address()));
         table
     }
 
@@ -148,7 +153,7 @@ impl Table {
             .chain(self.owners.keys())
             .chain(&self.exempt)
             .copied()
-            .chain(self.nodes.keys().copied().map(Prefix::host))
+            .chain(self.nodes.keys().chain(&self.opted_out).copied().map(Prefix::host))
             .collect();
         let entries = prefixes
             .into_iter()
@@ -171,6 +176,10 @@ impl Table {
             (flag::DECLARED_PROTECTED, self.protected.contains(&prefix)),
             (flag::DECLARED_EXEMPT, self.exempt.contains(&prefix)),
             (flag::DECLARED_OWNER, self.owners.contains_key(&prefix)),
+            (
+                flag::OPTED_OUT,
+                is_host(prefix) && self.opted_out.contains(&prefix.address()),
+            ),
         ];
         let flags = flags
             .into_iter()
@@ -181,6 +190,7 @@ impl Table {
             None => PATH_NONE,
             Some(Path::Local) => PATH_LOCAL,
             Some(Path::Encrypted) => PATH_ENCRYPTED,
+            Some(Path::Plain) => PATH_PLAIN,
             Some(Path::Fenced) => PATH_FENCED,
         };
         let entry = Entry {
@@ -190,7 +200,7 @@ impl Table {
             reserved: [0; 6],
         };
         match self.nodes.get(&prefix.address()) {
-            Some(node) if prefix == Prefix::host(prefix.address()) => node.over(entry),
+            Some(node) if is_host(prefix) => node.over(entry),
             Some(_) | None => entry,
         }
     }
@@ -256,6 +266,7 @@ impl Encoded {
             let path = match entry.path {
                 PATH_LOCAL => Path::Local,
                 PATH_ENCRYPTED => Path::Encrypted,
+                PATH_PLAIN => Path::Plain,
                 PATH_FENCED => Path::Fenced,
                 _ => return None,
             };
@@ -280,6 +291,7 @@ impl Encoded {
             owners: owners?,
             nodes: nodes?,
             exempt: declared(flag::DECLARED_EXEMPT).map(|(prefix, _)| *prefix).collect(),
+            opted_out: declared(flag::OPTED_OUT).map(|(prefix, _)| prefix.address()).collect(),
             vxlan_ports: decode_ports(&self.settings.vxlan_ports),
             geneve_ports: decode_ports(&self.settings.geneve_ports),
             overlay: Some(self.settings.overlay).filter(|vni| *vni != NO_OVERLAY),
@@ -288,6 +300,11 @@ impl Encoded {
         let again = table.encode().ok()?;
         (again == *self).then_some(table)
     }
+}
+
+/// Whether a prefix is one address.
+fn is_host(prefix: Prefix) -> bool {
+    prefix == Prefix::host(prefix.address())
 }
 
 /// A VNI has 24 bits (RFC 7348 §5, RFC 8926 §3.4).
@@ -516,6 +533,7 @@ mod tests {
 
         assert_eq!(verdict("10.244.2.2"), (Action::Redirect(7), Reason::Encrypted));
         assert_eq!(verdict("10.244.3.2"), (Action::Drop, Reason::Fenced));
+        assert_eq!(verdict("10.244.5.2"), (Action::Pass, Reason::Plain));
         assert_eq!(verdict("10.244.9.2"), (Action::Drop, Reason::UnknownNode));
         assert_eq!(verdict("10.244.1.9"), (Action::Drop, Reason::Local));
         assert_eq!(verdict("198.51.100.1"), (Action::Pass, Reason::Unprotected));
@@ -574,6 +592,13 @@ mod tests {
                         path: Path::Fenced,
                     },
                 ),
+                (
+                    prefix("10.244.5.0/24"),
+                    Owner {
+                        node: NodeId(5),
+                        path: Path::Plain,
+                    },
+                ),
             ]
             .into(),
             nodes: [
@@ -594,6 +619,9 @@ mod tests {
             })
             .into(),
             exempt: [prefix("10.244.2.9/32")].into(),
+            opted_out: ["10.244.1.8", "192.0.2.3", "fd00:10:244:2::8"]
+                .map(|address| address.parse().unwrap())
+                .into(),
             vxlan_ports: [4789, 8472].into(),
             geneve_ports: [6081].into(),
             overlay: Some(42),

@@ -1,6 +1,8 @@
 //! The decisions. One look-up for each address, one story from top to bottom.
 
-use crate::layout::{Entry, MODE_AUDIT, MODE_OFF, PATH_ENCRYPTED, PATH_LOCAL, PATH_NONE, Settings, open_port};
+use crate::layout::{
+    Entry, MODE_AUDIT, MODE_OFF, PATH_ENCRYPTED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, Settings, open_port,
+};
 use crate::packet::{Address, Flow, Packet, Shape, Upper};
 
 /// One generation of the gate's maps.
@@ -199,7 +201,7 @@ pub fn egress<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> Verdict {
 #[inline(always)]
 fn egress_flow(settings: &Settings, mark: u32, flow: &Flow, source: &Entry, destination: &Entry) -> Verdict {
     let node = destination.node;
-    if settings.is_plain_mark(mark) && (source.is_exempt() || destination.is_exempt()) {
+    if settings.is_plain_mark(mark) && leaves_in_the_clear(source, destination) {
         return Verdict::pass(Reason::Plain, node);
     }
     if !source.is_protected() || !destination.is_protected() {
@@ -217,7 +219,7 @@ fn egress_inside<L: Lookup>(packet: &Packet, mark: u32, outer: &Entry, lookup: &
     let settings = lookup.settings();
     let destination = lookup.entry(&packet.inner.destination);
     let source = lookup.entry(&packet.inner.source);
-    if settings.is_plain_mark(mark) && (source.is_exempt() || destination.is_exempt()) {
+    if settings.is_plain_mark(mark) && leaves_in_the_clear(&source, &destination) {
         return Verdict::pass(Reason::Plain, destination.node);
     }
     if !source.is_protected() || !destination.is_protected() {
@@ -235,6 +237,9 @@ fn egress_inside<L: Lookup>(packet: &Packet, mark: u32, outer: &Entry, lookup: &
 #[inline(always)]
 fn protect(settings: &Settings, destination: &Entry, arrives: bool) -> Verdict {
     let node = destination.node;
+    if destination.path == PATH_PLAIN {
+        return Verdict::pass(Reason::Plain, node);
+    }
     if settings.mode == MODE_OFF {
         return Verdict::pass(Reason::Off, node);
     }
@@ -304,6 +309,9 @@ fn ingress_flow<L: Lookup>(lookup: &L, flow: &Flow, source: &Entry) -> Verdict {
     if source.is_node() && destination.is_node() && stays_open(flow, settings) {
         return Verdict::pass(Reason::OpenPort, source.node);
     }
+    if arrives_in_the_clear(source) {
+        return Verdict::pass(Reason::Plain, source.node);
+    }
     Verdict::refuse(settings, Reason::ClearText, source.node)
 }
 
@@ -324,6 +332,9 @@ fn ingress_inside<L: Lookup>(lookup: &L, flow: &Flow) -> Verdict {
     }
     if source.path == PATH_LOCAL {
         return Verdict::refuse(settings, Reason::SpoofedSource, source.node);
+    }
+    if arrives_in_the_clear(&source) {
+        return Verdict::pass(Reason::Plain, source.node);
     }
     Verdict::refuse(settings, Reason::ClearText, source.node)
 }
@@ -381,10 +392,26 @@ pub fn pod_mark<L: Lookup>(packet: &Packet, mark: u32, lookup: &L) -> u32 {
     if packet.flow().is_none() {
         return cleared;
     }
-    if lookup.entry(&packet.outer.source).is_exempt() || lookup.entry(&packet.outer.destination).is_exempt() {
+    if leaves_in_the_clear(
+        &lookup.entry(&packet.outer.source),
+        &lookup.entry(&packet.outer.destination),
+    ) {
         return cleared | settings.plain_mark;
     }
     cleared
+}
+
+/// Whether cluster configuration lets a pod's packet leave in the clear, by its two ends. A pod that has opted out speaks for what it sends,
+/// not for what others send to it: they may not know yet that its address is another pod's now.
+#[inline(always)]
+fn leaves_in_the_clear(source: &Entry, destination: &Entry) -> bool {
+    source.is_exempt() || destination.is_exempt() || source.has_opted_out()
+}
+
+/// Whether what arrives from here without encryption may do so.
+#[inline(always)]
+fn arrives_in_the_clear(source: &Entry) -> bool {
+    source.path == PATH_PLAIN || source.has_opted_out()
 }
 
 /// Whether both ends are protected, and one of them is no node.

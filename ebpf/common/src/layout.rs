@@ -23,6 +23,8 @@ pub const PATH_LOCAL: u8 = 1;
 pub const PATH_ENCRYPTED: u8 = 2;
 /// Path: known, but not to be reached. Any number that is not listed here means the same.
 pub const PATH_FENCED: u8 = 3;
+/// Path: in the clear both ways, because cluster configuration does not want it encrypted.
+pub const PATH_PLAIN: u8 = 4;
 
 /// How many overlay ports of each kind the settings hold.
 pub const PORTS: usize = 4;
@@ -52,6 +54,8 @@ pub mod flag {
     pub const NODE: u8 = 32;
     /// The node was declared to have its own traffic protected (and did not inherit it from a protected range).
     pub const DECLARED_PROTECTED_NODE: u8 = 64;
+    /// This is one address, and its pod has opted out: what it sends may be in the clear.
+    pub const OPTED_OUT: u8 = 128;
 }
 
 /// An open port as the settings hold it: the protocol's number, then the port's; 0 is none.
@@ -176,6 +180,12 @@ impl Entry {
     #[inline(always)]
     pub fn is_exempt(&self) -> bool {
         self.flags & flag::EXEMPT != 0
+    }
+
+    /// Whether this is the address of a pod that has opted out.
+    #[inline(always)]
+    pub fn has_opted_out(&self) -> bool {
+        self.flags & flag::OPTED_OUT != 0
     }
 }
 

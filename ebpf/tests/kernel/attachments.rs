@@ -25,7 +25,7 @@ fn it_hangs_where_it_should_and_a_second_pass_changes_nothing() {
         assert_eq!(
             first,
             [
-                "gate table: none -> enforce, 2 protected, 6 owned, 1 exempt".to_owned(),
+                "gate table: none -> enforce, 2 protected, 8 owned, 1 exempt, 2 opted out".to_owned(),
                 format!("gate on eth0 egress ({by}): none -> attached"),
                 format!("gate on eth0 ingress ({by}): none -> attached"),
                 format!("gate on pod0 pod ({by}): none -> attached"),
@@ -198,7 +198,7 @@ fn lost_pins_without_a_process_are_an_upgrade() {
 
     assert_eq!(
         changes[0],
-        "gate table: none -> enforce, 2 protected, 6 owned, 1 exempt"
+        "gate table: none -> enforce, 2 protected, 8 owned, 1 exempt, 2 opted out"
     );
     assert_eq!(changes[1], "gate on eth0 egress (clsact): another build -> this build");
     assert_eq!(world.hanging().len(), 3);

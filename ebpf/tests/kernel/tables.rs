@@ -26,15 +26,21 @@ pub(crate) fn table(mode: Mode) -> Table {
             (prefix("fd00:10:244:2::/64"), owner(2, Path::Encrypted)),
             (prefix("10.244.3.0/24"), owner(3, Path::Fenced)),
             (prefix("fd00:10:244:3::/64"), owner(3, Path::Fenced)),
+            (prefix("10.244.5.0/24"), owner(5, Path::Plain)),
+            (prefix("fd00:10:244:5::/64"), owner(5, Path::Plain)),
         ]
         .into(),
         exempt: [prefix("10.244.1.7/32")].into(),
+        opted_out: ["10.244.1.8", "10.244.2.8"]
+            .map(|address| address.parse().unwrap())
+            .into(),
         vxlan_ports: [4789, 8472].into(),
         geneve_ports: [6081].into(),
         nodes: [
             ("192.0.2.1", 1, NodePath::LocalOpen),
             ("192.0.2.2", 2, NodePath::Open),
             ("192.0.2.3", 3, NodePath::Open),
+            ("192.0.2.5", 5, NodePath::Open),
             ("2001:db8::1", 1, NodePath::LocalOpen),
             ("2001:db8::2", 2, NodePath::Open),
             ("203.0.113.1", 1, NodePath::LocalProtected),

@@ -1,11 +1,13 @@
 //! The packets on which the gate is judged, and what must happen to each.
 //!
-//! Node 1 is this node. Node 2 has a key, node 3 has none. Pod 10.244.1.7 of this node is exempt.
+//! Node 1 is this node. Node 2 has a key, node 3 has none, node 5 is one to which nothing is to be encrypted. Pod 10.244.1.7 of this node is
+//! exempt. Pod 10.244.1.8 of this node and pod 10.244.2.8 of node 2 have opted out.
 //!
 //! ```text
 //!   node 1 (here)  10.244.1.0/24  fd00:10:244:1::/64   local
 //!   node 2         10.244.2.0/24  fd00:10:244:2::/64   encrypted
 //!   node 3         10.244.3.0/24  fd00:10:244:3::/64   fenced
+//!   node 5         10.244.5.0/24  fd00:10:244:5::/64   plain
 //!   nobody         10.244.9.0/24  fd00:10:244:9::/64
 //! ```
 //!
@@ -270,6 +272,48 @@ pub(crate) fn cases() -> Vec<Case> {
             Redirect,
             2,
         ),
+        // Opted out: what the pod sends, and nothing that is sent to it.
+        marked(
+            "plain mark, source opted out",
+            PLAIN,
+            echo("10.244.1.8", "10.244.2.2"),
+            Pass(Plain),
+            2,
+        ),
+        marked(
+            "plain mark, destination opted out",
+            PLAIN,
+            echo("10.244.1.2", "10.244.2.8"),
+            Redirect,
+            2,
+        ),
+        marked(
+            "source opted out without the mark",
+            0,
+            echo("10.244.1.8", "10.244.2.2"),
+            Redirect,
+            2,
+        ),
+        // Not to be encrypted: no mark is needed, and none hinders.
+        out(
+            "to a plain node's pod",
+            echo("10.244.1.2", "10.244.5.2"),
+            Pass(Plain),
+            5,
+        ),
+        out(
+            "to a plain node's pod, IPv6",
+            echo("fd00:10:244:1::2", "fd00:10:244:5::2"),
+            Pass(Plain),
+            5,
+        ),
+        marked(
+            "tunnel mark to a plain node's pod",
+            TUNNEL,
+            echo("10.244.1.2", "10.244.5.2"),
+            Pass(Plain),
+            5,
+        ),
         // Overlays.
         out(
             "VXLAN around pod traffic",
@@ -422,6 +466,37 @@ pub(crate) fn cases() -> Vec<Case> {
             overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.7", "10.244.2.2")))),
             Pass(Plain),
             2,
+        ),
+        marked(
+            "VXLAN around traffic from an opted-out pod",
+            PLAIN,
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.8", "10.244.2.2")))),
+            Pass(Plain),
+            2,
+        ),
+        out(
+            "VXLAN around traffic from an opted-out pod without the mark",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.8", "10.244.2.2")))),
+            Redirect,
+            2,
+        ),
+        marked(
+            "VXLAN around traffic from an opted-out pod, between protected nodes",
+            PLAIN,
+            between_protected((1, 4789), vxlan(&ethernet(&echo("10.244.1.8", "10.244.2.2")))),
+            Redirect,
+            2,
+        ),
+        out(
+            "VXLAN around traffic to a plain node's pod",
+            udp(
+                "192.0.2.1",
+                "192.0.2.5",
+                (1, 4789),
+                &vxlan(&ethernet(&echo("10.244.1.2", "10.244.5.2"))),
+            ),
+            Pass(Plain),
+            5,
         ),
         marked(
             "VXLAN with the tunnel's mark",
@@ -758,6 +833,48 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         into("to an exempt pod", echo("10.244.2.2", "10.244.1.7"), Pass(Plain), 2),
         into(
+            "from an opted-out pod",
+            echo("10.244.2.8", "10.244.1.2"),
+            Pass(Plain),
+            2,
+        ),
+        into(
+            "to an opted-out pod",
+            echo("10.244.2.2", "10.244.1.8"),
+            Drop(ClearText),
+            2,
+        ),
+        into(
+            "with an opted-out own pod's address",
+            echo("10.244.1.8", "10.244.1.2"),
+            Drop(SpoofedSource),
+            1,
+        ),
+        into(
+            "from a plain node's pod",
+            echo("10.244.5.2", "10.244.1.2"),
+            Pass(Plain),
+            5,
+        ),
+        into(
+            "a VXLAN packet with an opted-out pod inside",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.2.8", "10.244.1.2")))),
+            Pass(Plain),
+            2,
+        ),
+        into(
+            "a VXLAN packet with an opted-out own pod inside",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.1.8", "10.244.1.2")))),
+            Drop(SpoofedSource),
+            1,
+        ),
+        into(
+            "a VXLAN packet with a plain node's pod inside",
+            overlay((1, 4789), vxlan(&ethernet(&echo("10.244.5.2", "10.244.1.2")))),
+            Pass(Plain),
+            5,
+        ),
+        into(
             "the tunnel",
             udp("192.0.2.2", "192.0.2.1", (9, LISTEN_PORT), b"x"),
             Pass(Tunnel),
@@ -968,6 +1085,12 @@ pub(crate) fn cases() -> Vec<Case> {
             echo("fd00:10:244:2::2", "fd00:10:244:1::2"),
             Pass(Decrypted),
             2,
+        ),
+        decrypted(
+            "from a plain node's pod",
+            echo("10.244.5.2", "10.244.1.2"),
+            Pass(Decrypted),
+            5,
         ),
         decrypted("from a peer", echo("203.0.113.2", "203.0.113.1"), Pass(Decrypted), 2),
         decrypted(

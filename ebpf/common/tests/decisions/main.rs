@@ -13,8 +13,8 @@ use packet::{VNI, echo, ethernet, geneve_of, udp, vxlan_of};
 use proptest::prelude::*;
 use shroud_gate::{
     Action, Address, Direction, Entry, Family, LAYOUT_VERSION, Link, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF,
-    OPEN_PORTS, PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, Packet, Reason, Settings, Verdict, decrypted,
-    egress, flag, ingress, open_port, pod_mark,
+    OPEN_PORTS, PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, Packet, Reason, Settings, Verdict,
+    decrypted, egress, flag, ingress, open_port, pod_mark,
 };
 
 #[test]
@@ -136,6 +136,8 @@ fn a_pod_cannot_mark_its_own_packets() {
     assert_eq!(mark("10.244.1.2", "10.244.2.2", PLAIN), 0);
     assert_eq!(mark("10.244.1.7", "10.244.2.2", 0x4000), 0x4000 | PLAIN);
     assert_eq!(mark("10.244.1.2", "10.244.1.7", TUNNEL), PLAIN);
+    assert_eq!(mark("10.244.1.8", "10.244.2.2", 0x4000), 0x4000 | PLAIN);
+    assert_eq!(mark("10.244.1.2", "10.244.1.8", TUNNEL), 0);
     assert_eq!(
         pod_mark(&parse(&packet::frame(0x0806, &[0; 28]), &maps), MASK | 1, &maps),
         1
@@ -158,7 +160,7 @@ fn settings_and_entries_survive_their_bytes() {
     let entry = Entry {
         node: 0x0102_0304_0506_0708,
         path: PATH_FENCED,
-        flags: 127,
+        flags: 255,
         reserved: [0; 6],
     };
 
@@ -211,7 +213,7 @@ proptest! {
         let verdict = egress(&parse(&ethernet(&bytes), &maps), mark, &maps);
 
         let is_udp = protocol < 128 || protocol == 17;
-        let exempt = mark & MASK == PLAIN && (source == EXEMPT || destination == EXEMPT);
+        let exempt = may_leave(mark, &source, &destination);
         let tunnel = mark & MASK == TUNNEL && is_udp && ports.0 == LISTEN_PORT && is_node(&destination);
         let open = is_udp && (ports.0 == 53 || ports.1 == 53) && is_node(&source) && is_node(&destination);
         // Only with UDP do the ports above stand in the packet.
@@ -225,7 +227,7 @@ proptest! {
 
         let verdict = ingress(&parse(&ethernet(&udp(&source, &destination, ports, b"payload")), &maps), &maps);
 
-        let exempt = source == EXEMPT || destination == EXEMPT;
+        let exempt = may_arrive(&source, &destination);
         prop_assert_eq!(verdict.action == Action::Pass, exempt, "{:?}", verdict);
     }
 }
@@ -241,7 +243,7 @@ proptest! {
 
         let verdict = egress(&parse(&frame, &maps), mark, &maps);
 
-        let exempt = mark & MASK == PLAIN && (source == EXEMPT || destination == EXEMPT);
+        let exempt = may_leave(mark, &source, &destination);
         let owner = maps.owner(&destination);
         match verdict.action {
             Action::Pass => prop_assert!(exempt, "{verdict:?}"),
@@ -263,7 +265,7 @@ proptest! {
         let verdict = ingress(&parse(&carrier.around(&source, &destination), &maps), &maps);
 
         let is_ours = maps.is_protected(&source) || (destination.starts_with("10.244.1.") && maps.owner(&destination) == 1);
-        let exempt = source == EXEMPT || destination == EXEMPT;
+        let exempt = may_arrive(&source, &destination);
         if is_ours && !exempt {
             prop_assert_eq!(verdict.action, Action::Drop, "{:?}", verdict);
         }
@@ -350,6 +352,19 @@ fn is_node(address: &str) -> bool {
 }
 
 const EXEMPT: &str = "10.244.1.7";
+/// Pods that have opted out, one of this node and one of a peer.
+const OPTED_OUT: [&str; 2] = ["10.244.1.8", "10.244.2.8"];
+
+/// Whether cluster configuration lets a packet between pods leave in the clear.
+fn may_leave(mark: u32, source: &str, destination: &str) -> bool {
+    let is_exempt = source == EXEMPT || destination == EXEMPT || OPTED_OUT.contains(&source);
+    mark & MASK == PLAIN && is_exempt || destination.starts_with("10.244.5.")
+}
+
+/// Whether cluster configuration lets a packet between pods arrive in the clear.
+fn may_arrive(source: &str, destination: &str) -> bool {
+    source == EXEMPT || destination == EXEMPT || source == OPTED_OUT[1] || source.starts_with("10.244.5.")
+}
 
 fn protected() -> impl Strategy<Value = String> {
     (0u8..12, 0u8..12).prop_map(|(node, pod)| format!("10.244.{node}.{pod}"))
@@ -401,10 +416,15 @@ impl Maps {
             ("fd00:10:244:2::", 64, 2, PATH_ENCRYPTED, flag::PROTECTED),
             ("10.244.3.0", 24, 3, PATH_FENCED, flag::PROTECTED),
             ("fd00:10:244:3::", 64, 3, PATH_FENCED, flag::PROTECTED),
+            ("10.244.5.0", 24, 5, PATH_PLAIN, flag::PROTECTED),
+            ("fd00:10:244:5::", 64, 5, PATH_PLAIN, flag::PROTECTED),
+            (OPTED_OUT[0], 32, 1, PATH_LOCAL, flag::PROTECTED | flag::OPTED_OUT),
+            (OPTED_OUT[1], 32, 2, PATH_ENCRYPTED, flag::PROTECTED | flag::OPTED_OUT),
             (EXEMPT, 32, 1, PATH_LOCAL, flag::PROTECTED | flag::EXEMPT),
             ("192.0.2.1", 32, 1, PATH_LOCAL, flag::NODE),
             ("192.0.2.2", 32, 2, PATH_NONE, flag::NODE),
             ("192.0.2.3", 32, 3, PATH_NONE, flag::NODE),
+            ("192.0.2.5", 32, 5, PATH_NONE, flag::NODE),
             ("2001:db8::1", 128, 1, PATH_LOCAL, flag::NODE),
             ("2001:db8::2", 128, 2, PATH_NONE, flag::NODE),
             ("203.0.113.1", 32, 1, PATH_LOCAL, flag::NODE | flag::PROTECTED),

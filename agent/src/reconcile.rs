@@ -255,9 +255,10 @@ impl Reconciler {
         let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
         let mut attaches_pods = false;
+        // Also while nobody is known yet: the announcement says what encrypts, and every change of it is a write that all others read.
+        self.choose(&mut report);
         let converged = match known {
             Some(snapshot) => {
-                self.choose(&mut report);
                 let converged = self.converge(&snapshot, &mut report);
                 if let Ok((plan, _)) = &converged {
                     attaches_pods = self.ensure_cni(plan, &snapshot.own.pod_prefixes, &mut report);
@@ -573,9 +574,22 @@ impl Reconciler {
             Err(error) => return report.fail(Driver::Routing, &error.into()),
         };
         for change in self.allowed(shroud_routing::diff(desired, &observed)) {
-            let result = self.kernel.apply(&change).map_err(Into::into);
+            let result = self.kernel.apply(&change).map_err(|error| self.in_words_of_the_tunnel(error));
             report.note(Driver::Routing, &change, result);
         }
+    }
+
+    /// A device of the kernel's WireGuard takes its port when it goes up, which is routing's to do, and routing does not know the port.
+    fn in_words_of_the_tunnel(&self, error: shroud_routing::Error) -> anyhow::Error {
+        let error = anyhow::Error::new(error);
+        if Driver::Routing.check(&error) != Check::TunnelPortTaken {
+            return error;
+        }
+        let taken = shroud_tunnel::Error::PortTaken {
+            device: self.config.encryption.device.clone(),
+            port: self.config.encryption.listen_port,
+        };
+        taken.into()
     }
 }
 

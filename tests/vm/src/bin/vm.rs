@@ -183,7 +183,8 @@ fn follow(name: &str, (kernel, archive): (Kernel, Archive), wire: &Wire, log: &P
     );
     let patience = Patience {
         total: Duration::from_secs(within),
-        silence: Duration::from_secs(180),
+        // A test says nothing until it has ended, and the longest take minutes.
+        silence: Duration::from_secs(600),
     };
     let report = guest::run(&kernel, &archive, wire, log, patience)?;
     let result = log.with_extension("json");

@@ -83,6 +83,8 @@ checks! {
     DirectoryNotPublished = "directory-not-published",
     /// The operator's deny list could not be read.
     DenyListUnknown = "deny-list-unknown",
+    /// It could not be read which pods have opted out of encryption.
+    OptOutsUnknown = "opt-outs-unknown",
     /// The agent's token may change other nodes.
     TokenTooMighty = "token-too-mighty",
     /// No device leads to the underlay.
@@ -95,6 +97,8 @@ checks! {
     AddressProtected = "address-protected",
     /// This node has no pod prefix.
     NoPodPrefix = "no-pod-prefix",
+    /// Only traffic between zones is to be encrypted, and this node is in none.
+    NoZone = "no-zone",
     /// A peer claims pod addresses of this node.
     PrefixOverlaps = "prefix-overlaps",
     /// No route leads to any endpoint of a peer.

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use shroud_ebpf::{MAX_OPEN_PORTS, Port};
+use shroud_keyd::announcement::EncryptScope;
 use shroud_model::{Mark, NodeName, OverlayFormat, OverlayKind, Prefix, Vni};
 
 pub(crate) use value::{Detect, Interval};
@@ -126,10 +127,18 @@ pub(crate) enum RoutingMode {
     Auto,
 }
 
-/// What is encrypted besides the traffic between pods, which always is.
+/// What is encrypted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(crate) struct Encrypt {
+    /// Which traffic between pods. `all`, or `cross-zone`: that between two nodes of one zone, by the label
+    /// `topology.kubernetes.io/zone` of their Nodes, stays in the clear if both nodes ask for it. Needs the directory `kubernetes`.
+    pub(crate) scope: EncryptScope,
+
+    /// Whether the label `shroud.dev/encrypt: "false"` on a pod, or on a namespace for its pods, lets what these pods send leave in the
+    /// clear; it should be the same on all nodes. Needs the directory `kubernetes`.
+    pub(crate) opt_out: bool,
+
     /// Traffic between nodes that both ask for it, and between such nodes and pods.
     pub(crate) nodes: bool,
 
@@ -303,6 +312,8 @@ impl Default for Encrypt {
     fn default() -> Self {
         let ports = ["tcp/22", "tcp/53", "udp/53", "tcp/6443"];
         Self {
+            scope: EncryptScope::All,
+            opt_out: false,
             nodes: false,
             open_ports: ports
                 .iter()
@@ -454,6 +465,16 @@ impl Config {
                 "[]".to_owned(),
                 "name at least one range for this node's pods".to_owned(),
             ));
+        }
+        if matches!(self.directory, Directory::File(_)) {
+            let reason = "goes by labels, which a folder does not have; use the directory `kubernetes`";
+            if self.encrypt.scope != EncryptScope::All {
+                return Err(("encrypt.scope", "cross-zone".to_owned(), reason.to_owned()));
+            }
+            if self.encrypt.opt_out {
+                let reason = format!("{reason}, or name the pods' addresses in `exempt`");
+                return Err(("encrypt.optOut", "true".to_owned(), reason));
+            }
         }
         for prefix in &self.pod_prefixes {
             if !self.protected.iter().any(|range| range.covers(*prefix)) {
@@ -722,6 +743,18 @@ directory: { file: { path: /etc/shroud/nodes } }
             (
                 "routing: { genevePort: 51820 }",
                 "`routing.genevePort` is 51820: is the tunnel's port",
+            ),
+            (
+                "encrypt: { scope: zone }",
+                "`encrypt.scope` is \"zone\": unknown variant `zone`, expected `all` or `cross-zone`",
+            ),
+            (
+                "encrypt: { scope: cross-zone }",
+                "`encrypt.scope` is cross-zone: goes by labels, which a folder does not have; use the directory `kubernetes`",
+            ),
+            (
+                "encrypt: { optOut: true }",
+                "`encrypt.optOut` is true: goes by labels, which a folder does not have; use the directory `kubernetes`, or name",
             ),
             ("encrypt: { openPorts: [http] }", "`encrypt.openPorts[0]` is \"http\""),
             (

@@ -201,6 +201,7 @@ impl Keeper {
                     node: self.config.node.clone(),
                     kubeconfig: cluster.kubeconfig.clone(),
                     deny_list: cluster.deny_list.clone(),
+                    opt_out: self.config.encrypt.opt_out,
                     watch_idle: *cluster.watch_idle,
                     bridged: self.directory.snapshot().is_some(),
                 };
@@ -233,6 +234,7 @@ impl Keeper {
             Event::Applied(record) => self.directory.apply(record),
             Event::Deleted(node) => self.directory.delete(&node),
             Event::Denied(denied) => self.directory.deny(denied),
+            Event::OptedOut(opted_out) => self.directory.opt_out(opted_out),
             Event::Silent(problem) => {
                 if self.follows_a_folder() {
                     self.counts
@@ -320,6 +322,7 @@ impl Keeper {
             (Check::DirectoryNotPublished, &self.publish_problem),
             (Check::DirectoryNotPublished, &self.telemetry.unpublished),
             (Check::DenyListUnknown, &self.telemetry.no_deny_list),
+            (Check::OptOutsUnknown, &self.telemetry.no_opt_outs),
             (Check::TokenTooMighty, &self.telemetry.mighty_token),
         ];
         let own = own
@@ -363,6 +366,7 @@ fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record
         node: config.node.clone(),
         addresses: addresses.clone(),
         pod_prefixes: config.pod_prefixes.iter().copied().collect(),
+        zone: None,
         announcement: Some(announcement(config, public_key, presence, addresses).to_json()),
     }
 }
@@ -386,5 +390,6 @@ fn announcement(config: &Config, public_key: PublicKey, presence: &Presence, add
         overlays: presence.overlays.clone(),
         routable: config.routing.routable,
         encrypts_nodes: config.encrypt.nodes,
+        scope: config.encrypt.scope,
     }
 }

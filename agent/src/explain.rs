@@ -10,14 +10,14 @@ use std::net::IpAddr;
 use std::time::SystemTime;
 
 use shroud_ebpf::{Action, Direction, Facts, Hook, Observed, Reason, Wrapping};
-use shroud_keyd::Snapshot;
+use shroud_keyd::{Snapshot, Zone};
 use shroud_model::{NodeName, PublicKey};
 use shroud_routing::{Hop, HopKind};
 use shroud_tunnel::Device;
 
 use crate::config::Config;
 use crate::plan::overlay::End;
-use crate::plan::{PlannedPeer, Surroundings, outgoing};
+use crate::plan::{PlannedPeer, Surroundings, opted_out, outgoing};
 use crate::status::{Explanation, Outcome, Step, VERSION};
 
 /// TCP, by which the kernel's questions are asked (IANA protocol numbers). The gate decides by addresses alone.
@@ -117,7 +117,22 @@ pub(crate) fn explain(knowledge: &Knowledge<'_>, source: IpAddr, destination: Ip
     let to = place(config, snapshot, surroundings, destination);
     let mut story = Story::default();
     story.tell("source", format!("{source} is {from}"));
+    if let Some(claim) = opted_out(config, snapshot).get(&source) {
+        story.tell(
+            "source",
+            format!(
+                "it is pod {}, which has opted out by the label of its {}: what it sends is not encrypted",
+                claim.pod, claim.by
+            ),
+        );
+    }
     story.tell("destination", format!("{destination} is {to}"));
+    if let Some(zone) = zone_between(knowledge, &from, &to) {
+        story.tell(
+            "destination",
+            format!("both are in zone {zone}, inside which nothing is encrypted (`encrypt.scope`)"),
+        );
+    }
     let (outcome, because) = match (from.is_here(), to.is_here()) {
         (true, _) => leaving(knowledge, &from, source, destination, &mut story),
         (false, true) => arriving(knowledge, &from, source, destination, &mut story),
@@ -134,6 +149,19 @@ pub(crate) fn explain(knowledge: &Knowledge<'_>, source: IpAddr, destination: Ip
         because,
         steps: story.0,
     }
+}
+
+/// The zone inside which a packet stays, where that keeps it from being encrypted.
+fn zone_between<'a>(knowledge: &Knowledge<'a>, from: &Place, to: &Place) -> Option<&'a Zone> {
+    let node = match (from, to) {
+        (Place::PeerPod(node) | Place::Peer(node), here) | (here, Place::PeerPod(node) | Place::Peer(node))
+            if here.is_here() =>
+        {
+            node
+        }
+        _ => return None,
+    };
+    knowledge.peers.get(node)?.in_zone.as_ref()
 }
 
 /// A packet that starts on this node.
@@ -193,6 +221,7 @@ fn leaving(
         .exempt
         .iter()
         .any(|range| range.contains(source) || range.contains(destination));
+    let exempt = exempt || opted_out(config, knowledge.snapshot).contains_key(&source);
     let mark = if exempt && *from == Place::OwnPod {
         config.gate.plain_mark.value()
     } else {
@@ -376,7 +405,7 @@ fn why(reason: Reason) -> &'static str {
         Reason::NotIp => "it is not IP",
         Reason::Unprotected => "source or destination is not protected",
         Reason::Tunnel => "it is the tunnel's own packet",
-        Reason::Plain => "the configuration exempts it",
+        Reason::Plain => "the configuration does not want it encrypted",
         Reason::Off => "the gate is off",
         Reason::Encrypted => "it is protected and has an encrypted path",
         Reason::UnknownNode => "it is protected, and no node of the mesh owns the destination",

@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use shroud_ebpf::Counter;
 use shroud_keyd::directory::Refused;
 use shroud_keyd::kubernetes::Telemetry;
+use shroud_keyd::opt_out::OptOutBy;
 use shroud_model::NodeName;
 
 use self::text::Text;
@@ -64,6 +65,9 @@ families! {
     GATE_PLAINTEXT: Counter "shroud_gate_plaintext_bytes" in "bytes" []
         "Bytes of protected traffic that passed in the clear: 0 unless the gate audits or is off, or did or was.";
     GATE_ATTACHED: Gauge "shroud_gate_attached" ["device"] "1 when the gate is on this uplink, both ways.";
+
+    OPTED_OUT: Gauge "shroud_opted_out_pods" ["by"]
+        "Pods of the whole mesh that have opted out of encryption, by whose label says so; absent while nobody can say.";
 
     DIRECTORY_STATE: Gauge "shroud_directory_state" ["source" "state"] "1 for the state in which the directory is.";
     DIRECTORY_REFUSED: Gauge "shroud_directory_refused" ["reason"] "Nodes that are known and kept out, by reason.";
@@ -142,6 +146,17 @@ pub(crate) fn render(sample: &Sample<'_>) -> String {
 
     write_peers(&mut text, peers, sample);
     write_gate(&mut text, seen);
+    let mut opted_out = text.family(&OPTED_OUT);
+    if let Some(claims) = status.and_then(|status| status.opted_out.as_ref()) {
+        let pods: BTreeSet<(&str, &str)> = claims
+            .iter()
+            .map(|claim| (claim.by.as_str(), claim.pod.as_str()))
+            .collect();
+        for by in [OptOutBy::Namespace, OptOutBy::Pod].map(|by| by.to_string()) {
+            let number = pods.iter().filter(|(whose, _)| *whose == by).count();
+            opted_out.add(&[&by], number as u64);
+        }
+    }
     write_directory(&mut text, sample);
 
     text.family(&RECONCILE_DURATION).histogram(&[], &sample.tally.durations);
@@ -162,11 +177,13 @@ pub(crate) fn render(sample: &Sample<'_>) -> String {
 }
 
 fn write_peers(text: &mut Text, peers: &[PeerStatus], sample: &Sample<'_>) {
-    let well = peers.iter().filter(|peer| peer.problems.is_empty()).count();
+    let (troubled, sound): (Vec<_>, Vec<_>) = peers.iter().partition(|peer| !peer.problems.is_empty());
+    let plain = sound.iter().filter(|peer| peer.in_the_clear.is_some()).count();
     let mut states = text.family(&PEERS);
     for (state, number) in [
-        ("well", well),
-        ("problem", peers.len() - well),
+        ("well", sound.len() - plain),
+        ("plain", plain),
+        ("problem", troubled.len()),
         ("refused", sample.refused.len()),
     ] {
         states.add(&[state], number as u64);

@@ -16,8 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use shroud_keyd::announcement::Mode;
-use shroud_keyd::{NodeKey, Snapshot};
+use shroud_keyd::announcement::{EncryptScope, Mode};
+use shroud_keyd::{NodeKey, OptOuts, Snapshot, Zone};
 use shroud_model::{Family, Mtu, NodeName, OverlayFormat, OverlayKind, Prefix, PublicKey};
 use shroud_routing::path_mtu::PathMtu;
 use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sysctl, Table};
@@ -93,6 +93,8 @@ pub(crate) struct PlannedPeer {
     pub(crate) pod_prefixes: BTreeSet<Prefix>,
     /// Whether the traffic of the two nodes themselves is encrypted too.
     pub(crate) encrypts_nodes: bool,
+    /// The zone that both are in, where nothing inside a zone is to be encrypted.
+    pub(crate) in_zone: Option<Zone>,
     pub(crate) problems: Vec<Problem>,
 }
 
@@ -187,12 +189,17 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
             "this node has no pod prefix yet: give its Node one in `spec.podCIDRs`, or name it in `podPrefixes`",
         ));
     }
+    if config.encrypt.scope == EncryptScope::CrossZone && snapshot.own.zone.is_none() {
+        problems.push(Check::NoZone.says(
+            "`encrypt.scope` is cross-zone, and this node's Node has no label `topology.kubernetes.io/zone`: all is encrypted",
+        ));
+    }
     let mode = overlay::mode(&config.routing, snapshot, hops);
     let kinds = overlay::kinds(mode, snapshot);
 
     let mut peers = BTreeMap::new();
     for (name, peer) in &snapshot.peers {
-        let mut planned = plan_peer(config, peer, &addresses, facts, hops, &uplinks);
+        let mut planned = plan_peer(config, snapshot, peer, &addresses, facts, hops, &uplinks);
         match overlay::end(config, mode, peer, &addresses, hops, overlay_devices) {
             Ok(end) => planned.take(end),
             Err(problem) => planned.problems.push(Check::PeerOverlayDiffers.says(problem)),
@@ -381,8 +388,16 @@ fn surrounding_problems(
     problems
 }
 
+/// The zone that a peer shares with this node, where both want nothing encrypted inside a zone. A node without a zone shares none.
+fn shared_zone<'a>(config: &Config, snapshot: &'a Snapshot, peer: &shroud_keyd::Peer) -> Option<&'a Zone> {
+    let both = config.encrypt.scope == EncryptScope::CrossZone && peer.scope == EncryptScope::CrossZone;
+    let own = snapshot.own.zone.as_ref().filter(|_| both);
+    own.filter(|own| peer.zone.as_ref() == Some(*own))
+}
+
 fn plan_peer(
     config: &Config,
+    snapshot: &Snapshot,
     peer: &shroud_keyd::Peer,
     own_addresses: &BTreeSet<IpAddr>,
     facts: &Facts,
@@ -432,7 +447,8 @@ fn plan_peer(
         path: None,
         overlay: None,
         pod_prefixes: peer.pod_prefixes.clone(),
-        encrypts_nodes: nodes::are_encrypted(config, peer),
+        encrypts_nodes: nodes::are_encrypted(config, snapshot, peer),
+        in_zone: shared_zone(config, snapshot, peer).cloned(),
         problems,
     }
 }
@@ -544,6 +560,12 @@ fn tunnel_peer(peer: &PlannedPeer, allowed_ips: BTreeSet<Prefix>, config: &Confi
     }
 }
 
+/// The pods that have opted out, where the configuration lets them.
+pub(crate) fn opted_out(config: &Config, snapshot: &Snapshot) -> OptOuts {
+    let known = snapshot.opted_out.as_ref().filter(|_| config.encrypt.opt_out);
+    known.cloned().unwrap_or_default()
+}
+
 /// The gate's table: what is protected, who owns it, and whether there is an encrypted path to the owner.
 fn gate_table(
     config: &Config,
@@ -567,15 +589,12 @@ fn gate_table(
         }));
     }
     for (name, peer) in &snapshot.peers {
-        owners.extend(peer.pod_prefixes.iter().map(|prefix| {
-            (
-                *prefix,
-                Owner {
-                    node: name.id(),
-                    path: Path::Encrypted,
-                },
-            )
-        }));
+        let path = match shared_zone(config, snapshot, peer) {
+            Some(_) => Path::Plain,
+            None => Path::Encrypted,
+        };
+        let node = name.id();
+        owners.extend(peer.pod_prefixes.iter().map(|prefix| (*prefix, Owner { node, path })));
     }
     owners.extend(snapshot.own.pod_prefixes.iter().map(|prefix| {
         (
@@ -599,7 +618,7 @@ fn gate_table(
         protected: config.protected.clone(),
         owners,
         exempt: config.exempt.clone(),
-        opted_out: BTreeSet::new(),
+        opted_out: opted_out(config, snapshot).into_keys().collect(),
         nodes: nodes::table(config, snapshot, own_addresses),
         open_ports: config.encrypt.open_ports.clone(),
         overlay: (!kinds.is_empty()).then(|| config.routing.vni.number()),

@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
-use shroud_ebpf::{Gate, Hook};
+use shroud_ebpf::{Gate, Hook, Table};
 use shroud_keyd::announcement::Mode;
 use shroud_keyd::directory::{Origin, Own};
 use shroud_keyd::{NodeKey, Snapshot};
@@ -118,6 +118,8 @@ pub(crate) struct Reconciler {
     wiring: Wiring,
     /// Whether the directory is only a memory of an earlier run.
     from_memory: bool,
+    /// Whether pods may opt out, and nobody can say which have.
+    opt_outs_unknown: bool,
     last: Option<Pass>,
     latest_changes: VecDeque<String>,
     drops: VecDeque<String>,
@@ -199,6 +201,7 @@ impl Reconciler {
             prober,
             wiring,
             from_memory: false,
+            opt_outs_unknown: false,
             last: None,
             latest_changes: VecDeque::new(),
             drops: VecDeque::new(),
@@ -254,6 +257,8 @@ impl Reconciler {
         self.take_note_of_peers(begun);
         let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
+        let unknown = known.as_ref().is_none_or(|snapshot| snapshot.opted_out.is_none());
+        self.opt_outs_unknown = self.config.encrypt.opt_out && unknown;
         let mut attaches_pods = false;
         // Also while nobody is known yet: the announcement says what encrypts, and every change of it is a write that all others read.
         self.choose(&mut report);
@@ -386,9 +391,11 @@ impl Reconciler {
             own: Own {
                 pod_prefixes: self.config.pod_prefixes.clone(),
                 addresses: Vec::new(),
+                zone: None,
             },
             peers: BTreeMap::new(),
             refused: BTreeMap::new(),
+            opted_out: None,
             problems: Vec::new(),
         };
         let surroundings = self.look(&nobody)?;
@@ -398,7 +405,10 @@ impl Reconciler {
                 .says("waiting for the directory's first complete list; until then no new tunnel is opened"),
         );
         if let Some(table) = self.gate.observe().context("read the gate")?.table {
-            plan.gate.table = table;
+            plan.gate.table = Table {
+                opted_out: memory::opted_out_elsewhere(&table),
+                ..table
+            };
         }
         self.ensure_gate(&plan.gate, report);
         Ok((plan, surroundings, Arc::new(nobody)))
@@ -456,10 +466,16 @@ impl Reconciler {
             Ok(observed) => observed,
             Err(error) => return report.fail(Driver::Gate, &error.into()),
         };
-        let in_force = observed.table.as_ref().filter(|_| self.from_memory);
-        let kept = in_force.map(|table| memory::keep_owners(desired, table));
-        let desired = kept.as_ref().unwrap_or(desired);
-        for change in self.allowed(shroud_ebpf::diff(desired, &observed)) {
+        let mut desired = desired.clone();
+        if let Some(table) = &observed.table {
+            if self.from_memory {
+                memory::keep_owners(&mut desired.table, table);
+            }
+            if self.opt_outs_unknown {
+                desired.table.opted_out.extend(memory::opted_out_elsewhere(table));
+            }
+        }
+        for change in self.allowed(shroud_ebpf::diff(&desired, &observed)) {
             let result = self.gate.apply(&change).map_err(Into::into);
             report.note(Driver::Gate, &change, result);
         }
@@ -574,7 +590,10 @@ impl Reconciler {
             Err(error) => return report.fail(Driver::Routing, &error.into()),
         };
         for change in self.allowed(shroud_routing::diff(desired, &observed)) {
-            let result = self.kernel.apply(&change).map_err(|error| self.in_words_of_the_tunnel(error));
+            let result = self
+                .kernel
+                .apply(&change)
+                .map_err(|error| self.in_words_of_the_tunnel(error));
             report.note(Driver::Routing, &change, result);
         }
     }

@@ -1,12 +1,14 @@
 //! Answers for people: the verdict in one line, then columns. NO_COLOR and pipes are honoured by the stream that prints them.
 
+use std::collections::BTreeSet;
+
 use anstyle::{AnsiColor, Style};
 use comfy_table::{Table, TableStyle};
 use serde::Serialize;
 
 use crate::cleanup::Cleaned;
 use crate::cli::Output;
-use crate::status::{Explanation, GateCounters, Outcome, PeerStatus, Status, Verdict};
+use crate::status::{Explanation, GateCounters, OptOutStatus, Outcome, PeerStatus, Status, Verdict};
 
 const GOOD: Style = AnsiColor::Green.on_default().bold();
 const BAD: Style = AnsiColor::Red.on_default().bold();
@@ -66,6 +68,21 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
         }
         lines.push(trimmed(&table));
     }
+    if let Some(opted_out) = status.opted_out.as_deref().filter(|opted_out| !opted_out.is_empty()) {
+        lines.push(format!("\n{BAD}opted out{BAD:#}"));
+        lines.push(opt_out_table(opted_out, wide));
+    }
+    let zones: BTreeSet<&str> = status
+        .peers
+        .iter()
+        .filter_map(|peer| peer.in_the_clear.as_deref())
+        .collect();
+    for why in zones {
+        lines.push(format!(
+            "\n{BAD}in the clear{BAD:#} to peers with backend none: {}",
+            printable(why)
+        ));
+    }
     if !status.problems.is_empty() {
         lines.push(format!("\n{BAD}problems{BAD:#}"));
         for problem in &status.problems {
@@ -73,6 +90,25 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
         }
     }
     text(&lines)
+}
+
+/// The pods that have opted out; the first few of them, where there is little room.
+fn opt_out_table(opted_out: &[OptOutStatus], wide: bool) -> String {
+    const SHOWN: usize = 10;
+    let shown = if wide { opted_out.len() } else { SHOWN };
+    let mut table = columns(&["POD", "NODE", "ADDRESS", "LABEL OF"]);
+    for claim in opted_out.iter().take(shown) {
+        table.add_row([
+            printable(&claim.pod),
+            claim.node.to_string(),
+            claim.address.to_string(),
+            printable(&claim.by),
+        ]);
+    }
+    match opted_out.len().saturating_sub(shown) {
+        0 => trimmed(&table),
+        more => format!("{}\nand {more} more, see -o wide", trimmed(&table)),
+    }
 }
 
 fn verdict_line(status: &Status) -> String {
@@ -117,7 +153,10 @@ fn peer_table(status: &Status, wide: bool) -> String {
 fn peer_row(peer: &PeerStatus, wide: bool) -> Vec<String> {
     let mut row = vec![
         peer.node.to_string(),
-        peer.backend.clone(),
+        match peer.in_the_clear {
+            Some(_) => "none".to_owned(),
+            None => peer.backend.clone(),
+        },
         peer.mode.clone(),
         peer.endpoint
             .map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
@@ -288,6 +327,38 @@ fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::tests::peer;
+
+    #[test]
+    fn what_is_in_the_clear_by_choice_is_told() {
+        let near = PeerStatus {
+            in_the_clear: Some("both nodes are in zone z1".to_owned()),
+            ..peer("near")
+        };
+        let claim = |number: u8| OptOutStatus {
+            pod: "shop/cart".to_owned(),
+            node: "near".parse().unwrap(),
+            address: [10, 244, 1, number].into(),
+            by: "pod".to_owned(),
+        };
+        let mut of = crate::status::tests::status([near, peer("far")]);
+        of.opted_out = Some((0..12).map(claim).collect());
+
+        let shown = |wide| {
+            let text = anstream::adapter::strip_str(&status(&of, wide)).to_string();
+            let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+            text.lines().map(words).collect::<Vec<_>>().join("\n")
+        };
+
+        assert!(shown(false).contains("near none"), "{}", shown(false));
+        assert!(shown(false).contains("in the clear to peers with backend none: both nodes are in zone z1"));
+        assert!(
+            shown(false).contains("shop/cart near 10.244.1.9 pod\nand 2 more, see -o wide"),
+            "{}",
+            shown(false)
+        );
+        assert!(shown(true).contains("10.244.1.11") && !shown(true).contains("more, see"));
+    }
 
     #[test]
     fn numbers_are_written_for_people() {

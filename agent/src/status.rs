@@ -42,6 +42,8 @@ pub(crate) struct Status {
     pub(crate) directory: DirectoryStatus,
     pub(crate) peers: Vec<PeerStatus>,
     pub(crate) refused: Vec<RefusedStatus>,
+    /// The pods that have opted out of encryption, by address; `null` while nobody can say.
+    pub(crate) opted_out: Option<Vec<OptOutStatus>>,
     pub(crate) pass: PassStatus,
     /// What needs a look, most pressing first.
     pub(crate) problems: Vec<Problem>,
@@ -119,6 +121,8 @@ pub(crate) struct PeerStatus {
     pub(crate) pod_prefixes: Vec<Prefix>,
     /// Whether the traffic of the two nodes themselves is encrypted too.
     pub(crate) encrypts_nodes: bool,
+    /// Why traffic between the two nodes is in the clear, as the configuration wants it; `null` where it is encrypted or dropped.
+    pub(crate) in_the_clear: Option<String>,
     pub(crate) problems: Vec<Problem>,
 }
 
@@ -144,6 +148,18 @@ pub(crate) struct RefusedStatus {
     pub(crate) reasons: Vec<String>,
     /// The prefixes to which traffic is dropped.
     pub(crate) fenced: Vec<Prefix>,
+}
+
+/// A pod that has opted out: what it sends leaves in the clear.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct OptOutStatus {
+    /// As `namespace/name`.
+    pub(crate) pod: String,
+    pub(crate) node: NodeName,
+    pub(crate) address: IpAddr,
+    /// Whose label says so: `pod` or `namespace`.
+    pub(crate) by: String,
 }
 
 /// The last comparison of the kernel with the plan.
@@ -264,6 +280,7 @@ pub(crate) mod tests {
             },
             peers: peers.into_iter().collect(),
             refused: Vec::new(),
+            opted_out: Some(Vec::new()),
             pass: PassStatus::default(),
             problems: Vec::new(),
         }
@@ -286,6 +303,7 @@ pub(crate) mod tests {
             path: None,
             pod_prefixes: Vec::new(),
             encrypts_nodes: false,
+            in_the_clear: None,
             problems: Vec::new(),
         }
     }

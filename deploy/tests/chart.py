@@ -31,6 +31,7 @@ CASES = {
     "userspace": {"config": {"encryption": {"backend": "userspace", "listenPort": 51821, "keepalive": "0"}}},
     "audit": {"config": {"gate": {"mode": "audit"}}, "log": {"format": "text", "filter": "shroud=debug"}},
     "network-provider": {"config": {"cni": {"install": True, "confDir": "/etc/cni/other.d", "plugin": "bridge"}}},
+    "plain-by-choice": {"config": {"encrypt": {"scope": "cross-zone", "optOut": True}}},
     "monitoring": {
         "config": {"http": {"listen": "0.0.0.0:21320"}},
         "podMonitor": {"enabled": True, "interval": "15s", "labels": {"release": "prometheus"}},

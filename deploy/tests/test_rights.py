@@ -16,6 +16,7 @@ ALWAYS = {
 }
 ONLY = {
     "network-provider": {(None, "", "nodes/status", None, "patch")},
+    "plain-by-choice": {(None, "", resource, None, verb) for resource in ("pods", "namespaces") for verb in ("list", "watch")},
 }
 
 CAPABILITIES = ["NET_ADMIN", "NET_RAW", "BPF", "PERFMON"]

@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use arbitrary::{Result, Unstructured};
-use shroud_keyd::announcement::{Backend, Mode};
+use shroud_keyd::announcement::{Backend, EncryptScope, Mode};
 use shroud_keyd::{Announcement, Directory, Local, Memory, Reason, Record, Snapshot, Unreadable};
 use shroud_model::{NodeName, Prefix, PublicKey};
 
@@ -407,6 +407,7 @@ fn entry(history: &mut Unstructured<'_>) -> Result<Entry> {
         node,
         addresses,
         pod_prefixes,
+        zone: None,
         announcement,
     }))
 }
@@ -423,6 +424,7 @@ fn announcement(history: &mut Unstructured<'_>, addresses: Vec<IpAddr>) -> Resul
         overlays: Vec::new(),
         routable: history.arbitrary()?,
         encrypts_nodes: history.arbitrary()?,
+        scope: EncryptScope::All,
     })
 }
 

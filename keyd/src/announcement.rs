@@ -50,6 +50,24 @@ impl fmt::Display for Mode {
     }
 }
 
+/// Which traffic between pods the announcing node wants encrypted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EncryptScope {
+    /// All of it.
+    #[default]
+    All,
+    /// Only that with nodes of other zones, and with those that want all encrypted.
+    CrossZone,
+}
+
+impl EncryptScope {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+    fn is_all(&self) -> bool {
+        *self == Self::All
+    }
+}
+
 /// One node's announcement, parsed: well-formed, but not yet believed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -76,6 +94,9 @@ pub struct Announcement {
     /// Whether it encrypts its own traffic with nodes that do so too.
     #[serde(skip_serializing_if = "is_false")]
     pub encrypts_nodes: bool,
+    /// Which traffic between pods it wants encrypted.
+    #[serde(skip_serializing_if = "EncryptScope::is_all")]
+    pub scope: EncryptScope,
 }
 
 impl Announcement {
@@ -111,6 +132,7 @@ impl Announcement {
             },
             routable: document.optional("routable", "true or false")?,
             encrypts_nodes: document.optional("encryptsNodes", "true or false")?,
+            scope: document.optional("scope", "\"all\" or \"cross-zone\"")?,
         })
     }
 
@@ -193,6 +215,7 @@ mod tests {
             overlays: Vec::new(),
             routable: false,
             encrypts_nodes: false,
+            scope: EncryptScope::All,
         }
     }
 
@@ -212,6 +235,7 @@ mod tests {
             overlays: vec!["geneve:16777215:65535".parse().unwrap(); 8],
             routable: true,
             encrypts_nodes: true,
+            scope: EncryptScope::CrossZone,
             ..announcement()
         };
 
@@ -237,6 +261,7 @@ mod tests {
         for (good, bad) in [
             ("\"native\"", "\"gre\""),
             ("\"native\"", "\"native\",\"overlays\":[\"vxlan:0:1\"]"),
+            ("\"native\"", "\"native\",\"scope\":\"none\""),
         ] {
             let refusal = Announcement::parse(text(KEY).replace(good, bad)).unwrap_err();
 

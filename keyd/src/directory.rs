@@ -14,6 +14,7 @@
 //!   nobody goes until a second list names the same nodes. A [`delete`](Directory::delete) is the authority's explicit word about one
 //!   node and takes effect at once, however many come in a row; a source that only notices absence must use `reset`.
 //! - A node that is gone is forgotten, its epoch too: what comes back under its name is a new node.
+//! - A pod opts out by addresses that its node holds, and only while its node is believed.
 //! - Above [`MAX_NODES`] nodes, those already known stay, and new ones are left out in the order of their names and counted in a
 //!   [`Problem`]; their traffic is dropped.
 
@@ -30,13 +31,15 @@ use thiserror::Error;
 
 use self::ranges::Ranges;
 use self::verify::{Claims, first_other};
-use crate::announcement::{Backend, Mode};
-use crate::{Announcement, Excerpt, Record, Refusal, Unreadable};
+use crate::announcement::{Backend, EncryptScope, Mode};
+use crate::{Announcement, Excerpt, OptOuts, Record, Refusal, Unreadable, Zone};
 
 /// The most nodes a directory keeps, this one not counted.
 pub const MAX_NODES: usize = 10_000;
 /// The most pod prefixes one node may have.
 pub const MAX_POD_PREFIXES: usize = 16;
+/// The most addresses of pods that opt out; the traffic of those beyond is encrypted.
+pub const MAX_OPT_OUTS: usize = 4096;
 
 /// This node's own claims, which nobody can take.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +75,10 @@ pub struct Peer {
     pub routable: bool,
     /// Whether it encrypts its own traffic with nodes that do so too.
     pub encrypts_nodes: bool,
+    /// Which traffic between pods it wants encrypted.
+    pub scope: EncryptScope,
+    /// The zone it is in, as the authority has it.
+    pub zone: Option<Zone>,
 }
 
 /// A node that is known but not believed. Its traffic is dropped.
@@ -102,6 +109,8 @@ pub struct Own {
     pub pod_prefixes: BTreeSet<Prefix>,
     /// Its addresses on the underlay, as its record has them; none while it has no record.
     pub addresses: Vec<IpAddr>,
+    /// The zone it is in, as its record has it.
+    pub zone: Option<Zone>,
 }
 
 /// The directory at one moment.
@@ -115,6 +124,8 @@ pub struct Snapshot {
     pub peers: BTreeMap<NodeName, Peer>,
     /// Refused nodes. No node is in both maps.
     pub refused: BTreeMap<NodeName, Refused>,
+    /// The pods that have opted out, each address a believed node's; `None` while nobody can say.
+    pub opted_out: Option<OptOuts>,
     /// What wants a look without changing who is a peer.
     pub problems: Vec<Problem>,
 }
@@ -312,6 +323,23 @@ pub enum Problem {
     /// The directory gives this node something that cannot be used.
     #[error("this node's own record: {0}")]
     LocalFlaw(String),
+    /// A pod would opt out with an address that is not its node's to give.
+    #[error(
+        "pod {pod} on node {node} has opted out, but its address {address} is not in a pod prefix of that node; it stays encrypted"
+    )]
+    OptOut {
+        /// Which, as `namespace/name`.
+        pod: String,
+        /// Its node.
+        node: NodeName,
+        /// The address.
+        address: IpAddr,
+    },
+    /// More pods opt out than the directory keeps.
+    #[error(
+        "{0} addresses of pods that have opted out are left out: at most {MAX_OPT_OUTS} are kept; their traffic is encrypted"
+    )]
+    TooManyOptOuts(usize),
     /// The operator keeps this node out.
     #[error("the deny list has this node's {0}: no other node sends to it or believes it")]
     LocalDenied(&'static str),
@@ -348,6 +376,7 @@ pub struct Directory {
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
     denied: BTreeMap<String, String>,
+    opted_out: Option<OptOuts>,
     unreadable: BTreeSet<Unreadable>,
     brake: Option<Brake>,
     left_out: usize,
@@ -396,6 +425,7 @@ impl Directory {
             prefixes: BTreeMap::new(),
             addresses: BTreeMap::new(),
             denied: BTreeMap::new(),
+            opted_out: None,
             unreadable: BTreeSet::new(),
             brake: None,
             left_out: 0,
@@ -493,6 +523,15 @@ impl Directory {
     pub fn deny(&mut self, denied: BTreeMap<String, String>) {
         self.denied = denied;
         self.settle();
+    }
+
+    /// Takes all pods that have opted out, or that nobody can say who has. It is never remembered for a later run: an address may be another
+    /// pod's by then.
+    pub fn opt_out(&mut self, opted_out: Option<OptOuts>) {
+        if self.opted_out != opted_out {
+            self.opted_out = opted_out;
+            self.settle();
+        }
     }
 
     /// The directory as it is, or `None` while neither a source's first list nor a memory has come.
@@ -625,7 +664,8 @@ impl Directory {
             addresses.retain(is_held);
             match &entry.claims.announcement {
                 Ok(announcement) if reasons.is_empty() => {
-                    peers.insert(node.clone(), peer(announcement, pod_prefixes, addresses));
+                    let peer = peer(announcement, pod_prefixes, addresses, entry.record.zone.clone());
+                    peers.insert(node.clone(), peer);
                 }
                 Ok(_) | Err(_) => {
                     let had_a_key = self.keys.contains_key(node) || reasons != [Reason::NoAnnouncement];
@@ -653,12 +693,15 @@ impl Directory {
             }
         }
 
+        let own = self.own();
+        let (opted_out, doubtful) = self.settle_opt_outs(&own, &peers);
         let snapshot = Snapshot {
             origin,
-            own: self.own(),
+            own,
             peers,
             refused,
-            problems: self.problems(contested),
+            opted_out,
+            problems: self.problems(contested.into_iter().chain(doubtful)),
         };
         if self.snapshot.as_deref() != Some(&snapshot) {
             self.snapshot = Some(Arc::new(snapshot));
@@ -806,8 +849,42 @@ impl Directory {
         problems
     }
 
+    /// Who of those that opt out may, and what is wrong with the others. The pods of a node that is refused are nobody's.
+    fn settle_opt_outs(&self, own: &Own, peers: &BTreeMap<NodeName, Peer>) -> (Option<OptOuts>, Vec<Problem>) {
+        let Some(claimed) = &self.opted_out else {
+            return (None, Vec::new());
+        };
+        let (mut opted_out, mut problems, mut left_out) = (OptOuts::new(), Vec::new(), 0);
+        for (&address, claim) in claimed {
+            let prefixes = if claim.node == self.local.node {
+                &own.pod_prefixes
+            } else if let Some(peer) = peers.get(&claim.node) {
+                &peer.pod_prefixes
+            } else {
+                continue;
+            };
+            if prefixes.iter().any(|prefix| prefix.contains(address)) {
+                if opted_out.len() < MAX_OPT_OUTS {
+                    opted_out.insert(address, claim.clone());
+                } else {
+                    left_out += 1;
+                }
+            } else if self.protected.iter().any(|range| range.contains(address)) {
+                problems.push(Problem::OptOut {
+                    pod: claim.pod.clone(),
+                    node: claim.node.clone(),
+                    address,
+                });
+            }
+        }
+        if left_out > 0 {
+            problems.push(Problem::TooManyOptOuts(left_out));
+        }
+        (Some(opted_out), problems)
+    }
+
     /// What wants a look, in a fixed order.
-    fn problems(&self, contested: Vec<Problem>) -> Vec<Problem> {
+    fn problems(&self, contested: impl IntoIterator<Item = Problem>) -> Vec<Problem> {
         let of_records = self
             .entries
             .values()
@@ -846,6 +923,7 @@ impl Directory {
                 (None, None) => BTreeSet::new(),
             },
             addresses: claims.map(|claims| claims.addresses.clone()).unwrap_or_default(),
+            zone: self.own.as_ref().and_then(|own| own.record.zone.clone()),
         }
     }
 
@@ -912,7 +990,12 @@ fn bounded(mut record: Record) -> Record {
     record
 }
 
-fn peer(announcement: &Announcement, pod_prefixes: BTreeSet<Prefix>, addresses: Vec<IpAddr>) -> Peer {
+fn peer(
+    announcement: &Announcement,
+    pod_prefixes: BTreeSet<Prefix>,
+    addresses: Vec<IpAddr>,
+    zone: Option<Zone>,
+) -> Peer {
     Peer {
         public_key: announcement.public_key,
         endpoints: announcement.endpoints.clone(),
@@ -924,6 +1007,8 @@ fn peer(announcement: &Announcement, pod_prefixes: BTreeSet<Prefix>, addresses: 
         overlays: announcement.overlays.clone(),
         routable: announcement.routable,
         encrypts_nodes: announcement.encrypts_nodes,
+        scope: announcement.scope,
+        zone,
     }
 }
 

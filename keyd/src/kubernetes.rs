@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  API server ── Nodes (list, watch) ──> follow ── Event ──────────> the directory's keeper
-//!      ^     └── deny list (ConfigMap) ─> follow ── Event::Denied ──────┘
+//!      ^     ├── deny list (ConfigMap) ─> follow ── Event::Denied ──────┤
+//!      │     └── labelled namespaces, pods > opt_out ── Event::OptedOut ──┘
 //!      ├──────── PATCH of our own Node <── publish <───┐
 //!      └──────── Events on refused Nodes <── complain <┴── Wanted ── the keeper
 //! ```
@@ -16,6 +17,7 @@ mod api;
 mod complain;
 mod follow;
 mod object;
+mod opt_out;
 mod pace;
 mod publish;
 
@@ -35,6 +37,7 @@ use self::complain::complain;
 pub use self::complain::{Complaint, complaints};
 use self::follow::{Collection, Update, chance, follow};
 use self::object::{ConfigMap, Node, Object as _};
+use self::opt_out::follow_opt_outs;
 use self::pace::Pace;
 pub use self::publish::FIELD_MANAGER;
 use self::publish::{OwnNode, publish};
@@ -55,6 +58,8 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
     /// The name of the ConfigMap, in the namespace of the credentials, that names nodes and keys to be kept out.
     pub deny_list: String,
+    /// Whether pods may opt out of encryption, so that their labels are followed.
+    pub opt_out: bool,
     /// How long a watch may say nothing before it is opened anew.
     pub watch_idle: Duration,
     /// Whether an earlier run's directory bridges the time until the first list, so that there is no hurry.
@@ -85,6 +90,8 @@ pub struct Telemetry {
     pub unpublished: Option<String>,
     /// Why the deny list is not known.
     pub no_deny_list: Option<String>,
+    /// Why it is not known which pods have opted out.
+    pub no_opt_outs: Option<String>,
     /// That our token may do more than it should, and what helps.
     pub mighty_token: Option<String>,
 }
@@ -117,6 +124,7 @@ pub async fn run(
     tokio::select! {
         never = follow_nodes(&api, &options, pace.clone(), &events, &own, &foreign, &telemetry) => match never {},
         never = follow_deny_list(&api, &options, pace, &events, &telemetry) => match never {},
+        never = follow_opt_outs(&api, &options, &events, &telemetry) => match never {},
         never = publish(&api, node, wanted.clone(), &own, published) => match never {},
         never = complain(&api, node, wanted, failed) => match never {},
         never = check(&api, foreign.subscribe(), checked) => match never {},
@@ -155,6 +163,7 @@ async fn follow_nodes(
         name: "nodes",
         path: "/api/v1/nodes".to_owned(),
         fields: None,
+        labels: None,
         idle: options.watch_idle,
     };
     let mut silence = Silence::default();
@@ -223,6 +232,7 @@ async fn follow_deny_list(
         name: "the deny list",
         path: format!("/api/v1/namespaces/{namespace}/configmaps"),
         fields: Some(format!("metadata.name={}", options.deny_list)),
+        labels: None,
         idle: options.watch_idle,
     };
     let mut silence = Silence::default();

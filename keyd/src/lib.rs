@@ -23,6 +23,7 @@ pub mod file;
 mod folder;
 pub mod key;
 pub mod kubernetes;
+pub mod opt_out;
 pub mod record;
 mod refusal;
 mod source;
@@ -31,7 +32,8 @@ pub use announcement::Announcement;
 pub use directory::{Directory, Local, Memory, Peer, Problem, Reason, Refused, Snapshot};
 pub use error::Error;
 pub use key::NodeKey;
-pub use record::{Record, Unreadable};
+pub use opt_out::{OptOut, OptOuts};
+pub use record::{Record, Unreadable, Zone};
 pub use refusal::{Excerpt, Refusal};
 pub use source::Event;
 

@@ -2,7 +2,9 @@
 //!
 //! A Kubernetes Node object becomes one of these, and so does a file of the file source.
 
+use std::fmt;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -21,6 +23,9 @@ pub struct Record {
     pub addresses: Vec<IpAddr>,
     /// The authority's half: the pod prefixes given to the node.
     pub pod_prefixes: Vec<Prefix>,
+    /// The authority's half: the zone the node is in. A folder knows none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Zone>,
     /// The node's own half, as raw text that nobody has believed yet; `None` when the node has announced nothing.
     pub announcement: Option<String>,
 }
@@ -32,6 +37,50 @@ pub struct Unreadable {
     pub node: Option<NodeName>,
     /// The place and what is wrong with it, safe to print.
     pub reason: String,
+}
+
+/// A failure domain, such as a data centre, as the label `topology.kubernetes.io/zone` names it. Safe to print.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Zone(String);
+
+/// A text that is no zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a zone is 1 to 63 letters, digits, '-', '_' or '.'")]
+pub struct InvalidZone;
+
+impl FromStr for Zone {
+    type Err = InvalidZone;
+
+    /// By the rules of label values (Kubernetes, "Labels and Selectors", syntax), but that what nobody named is no zone.
+    fn from_str(text: &str) -> Result<Self, InvalidZone> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+impl TryFrom<String> for Zone {
+    type Error = InvalidZone;
+
+    fn try_from(text: String) -> Result<Self, InvalidZone> {
+        let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+        if (1..=63).contains(&text.len()) && text.bytes().all(fits) {
+            Ok(Self(text))
+        } else {
+            Err(InvalidZone)
+        }
+    }
+}
+
+impl From<Zone> for String {
+    fn from(zone: Zone) -> Self {
+        zone.0
+    }
+}
+
+impl fmt::Display for Zone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 impl Record {
@@ -54,6 +103,7 @@ impl Record {
             node: document.field("node", "a node name (RFC 1123)")?,
             addresses: document.list("addresses", "a list of IP addresses", Self::MAX_ADDRESSES)?,
             pod_prefixes: document.list("podPrefixes", "a list of prefixes", Self::MAX_POD_PREFIXES)?,
+            zone: None,
             announcement: document
                 .raw("announcement")
                 .filter(|&raw| raw != "null")
@@ -96,7 +146,18 @@ mod tests {
             node: "a".parse().unwrap(),
             addresses: vec!["172.18.0.2".parse().unwrap(), "fd18::2".parse().unwrap()],
             pod_prefixes: vec!["10.244.1.0/24".parse().unwrap(), "fd00:10:244:1::/64".parse().unwrap()],
+            zone: None,
             announcement: Some(r#"{"version":1, "anything": [true]}"#.to_owned()),
+        }
+    }
+
+    #[test]
+    fn a_zone_is_a_label() {
+        for good in ["eu-west-1a", "a", "Z_9.x", &"z".repeat(63)] {
+            assert_eq!(good.parse::<Zone>().unwrap().to_string(), good);
+        }
+        for bad in ["", "a b", "\u{1b}[31m", "zön", &"z".repeat(64)] {
+            assert_eq!(bad.parse::<Zone>(), Err(InvalidZone), "{bad}");
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use shroud_model::NodeName;
 
-use crate::{Record, Unreadable};
+use crate::{OptOuts, Record, Unreadable};
 
 /// One thing a source has to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub enum Event {
     /// The complete deny list: names of nodes, their keys or the keys' fingerprints, each with a remark; for
     /// [`Directory::deny`](crate::Directory::deny).
     Denied(BTreeMap<String, String>),
+    /// All pods that have opted out; `None` while nobody can say. For [`Directory::opt_out`](crate::Directory::opt_out).
+    OptedOut(Option<OptOuts>),
     /// The source does not answer, and why; what was known stays. Said once, not again while nothing changes.
     Silent(String),
     /// The source answers again, from where it was left.

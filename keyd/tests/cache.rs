@@ -18,6 +18,7 @@ fn memory() -> Memory {
             node: node.clone(),
             addresses: vec!["fd18::2".parse().unwrap()],
             pod_prefixes: vec!["10.244.1.0/24".parse().unwrap()],
+            zone: None,
             announcement: Some("any \u{1b} text \"at\" all".to_owned()),
         }],
         keys: BTreeMap::from([(node.clone(), PublicKey::from_bytes([7; 32]).unwrap())]),

@@ -69,11 +69,13 @@ fn the_key_is_in_nothing_that_leaves() {
         overlays: Vec::new(),
         routable: false,
         encrypts_nodes: false,
+        scope: shroud_keyd::announcement::EncryptScope::All,
     };
     let record = shroud_keyd::Record {
         node: "a".parse().unwrap(),
         addresses: vec!["172.18.0.2".parse().unwrap()],
         pod_prefixes: Vec::new(),
+        zone: None,
         announcement: Some(announcement.to_json()),
     };
     let folder = TempDir::new().unwrap();

@@ -8,10 +8,12 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use shroud_keyd::announcement::{Backend, Mode};
-use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, Origin, Own};
+use shroud_keyd::announcement::{Backend, EncryptScope, Mode};
+use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, MAX_OPT_OUTS, Origin, Own};
+use shroud_keyd::opt_out::OptOutBy;
 use shroud_keyd::{
-    Announcement, Directory, Excerpt, Local, Peer, Problem, Reason, Record, Refusal, Snapshot, Unreadable,
+    Announcement, Directory, Excerpt, Local, OptOut, OptOuts, Peer, Problem, Reason, Record, Refusal, Snapshot,
+    Unreadable,
 };
 use shroud_model::{InvalidKey, NodeName, Prefix, PublicKey};
 
@@ -57,6 +59,7 @@ fn node(text: &str, host: u8) -> Builder {
             overlays: Vec::new(),
             routable: false,
             encrypts_nodes: false,
+            scope: EncryptScope::All,
         },
         raw: None,
     }
@@ -112,6 +115,7 @@ impl Builder {
             node: name(&self.node),
             addresses: self.addresses.iter().map(|text| text.parse().unwrap()).collect(),
             pod_prefixes: self.pods.iter().map(|text| prefix(text)).collect(),
+            zone: None,
             announcement: self.raw.clone().unwrap_or_else(|| Some(self.announcement.to_json())),
         }
     }
@@ -191,6 +195,7 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
         own: Own {
             pod_prefixes: prefixes(&["10.244.0.0/24"]),
             addresses: Vec::new(),
+            zone: None,
         },
         peers: BTreeMap::from([(
             name("a"),
@@ -205,9 +210,12 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
                 overlays: Vec::new(),
                 routable: false,
                 encrypts_nodes: false,
+                scope: EncryptScope::All,
+                zone: None,
             },
         )]),
         refused: BTreeMap::new(),
+        opted_out: None,
         problems: Vec::new(),
     };
     assert_eq!(*snapshot(&directory), expected);
@@ -767,16 +775,91 @@ fn giving_prefixes() -> Directory {
 fn a_directory_can_give_this_node_its_prefixes_and_addresses() {
     let mut directory = giving_prefixes();
 
-    directory.reset(list(&[node("me", 1).pods(&["10.244.1.0/24", "10.9.0.0/24"])]));
+    let me = node("me", 1).pods(&["10.244.1.0/24", "10.9.0.0/24"]);
+    directory.reset(vec![Ok(Record {
+        zone: Some("z1".parse().unwrap()),
+        ..me.record()
+    })]);
 
     let snapshot = snapshot(&directory);
     let own = Own {
         pod_prefixes: prefixes(&["10.244.1.0/24"]),
         addresses: vec!["172.18.0.1".parse().unwrap()],
+        zone: Some("z1".parse().unwrap()),
     };
     assert_eq!(snapshot.own, own);
     let flaw = Reason::PrefixNotProtected(prefix("10.9.0.0/24"));
     assert_eq!(snapshot.problems, [Problem::LocalFlaw(flaw.to_string())]);
+}
+
+/// Pods that would opt out, each as its address and its node.
+fn opt_outs(pods: &[(&str, &str)]) -> OptOuts {
+    let claim = |node: &str| OptOut {
+        pod: "shop/cart".to_owned(),
+        node: name(node),
+        by: OptOutBy::Pod,
+    };
+    let pods = pods.iter();
+    pods.map(|(address, node)| (address.parse().unwrap(), claim(node)))
+        .collect()
+}
+
+fn opted_out(directory: &Directory) -> Option<Vec<String>> {
+    let opted_out = snapshot(directory).opted_out.clone()?;
+    Some(opted_out.keys().map(ToString::to_string).collect())
+}
+
+#[test]
+fn a_pod_opts_out_by_its_nodes_addresses_alone() {
+    let mut directory = after(&[&[node("a", 2), node("b", 3).silent()]]);
+    assert_eq!(opted_out(&directory), None);
+
+    directory.opt_out(Some(opt_outs(&[
+        ("10.244.0.9", "me"),
+        ("10.244.2.9", "a"),
+        // Of another node, of a node that is refused, of nobody, and of no pod at all.
+        ("10.244.0.8", "a"),
+        ("10.244.3.9", "b"),
+        ("10.244.2.8", "c"),
+        ("172.18.0.2", "a"),
+    ])));
+
+    assert_eq!(opted_out(&directory).unwrap(), ["10.244.0.9", "10.244.2.9"]);
+    let foreign = Problem::OptOut {
+        pod: "shop/cart".to_owned(),
+        node: name("a"),
+        address: "10.244.0.8".parse().unwrap(),
+    };
+    assert_eq!(snapshot(&directory).problems, [foreign]);
+
+    directory.deny(BTreeMap::from([("a".to_owned(), String::new())]));
+    assert_eq!(opted_out(&directory).unwrap(), ["10.244.0.9"]);
+    directory.opt_out(None);
+    assert_eq!(opted_out(&directory), None);
+}
+
+#[test]
+fn opt_outs_are_not_remembered() {
+    let mut before = after(&[&[node("a", 2)]]);
+    before.opt_out(Some(opt_outs(&[("10.244.0.9", "me")])));
+
+    let mut directory = directory();
+    directory.restore(before.memory());
+
+    assert_eq!(opted_out(&directory), None);
+}
+
+#[test]
+fn beyond_the_limit_pods_stay_encrypted() {
+    let mut directory = after(&[&[node("a", 2).pods(&["10.244.128.0/17"])]]);
+    let addresses = (0..MAX_OPT_OUTS + 3).map(|number| format!("10.244.{}.{}", 128 + number / 256, number % 256));
+    let addresses: Vec<String> = addresses.collect();
+    let pods: Vec<(&str, &str)> = addresses.iter().map(|address| (address.as_str(), "a")).collect();
+
+    directory.opt_out(Some(opt_outs(&pods)));
+
+    assert_eq!(opted_out(&directory).unwrap().len(), MAX_OPT_OUTS);
+    assert_eq!(snapshot(&directory).problems, [Problem::TooManyOptOuts(3)]);
 }
 
 #[test]

@@ -22,6 +22,7 @@ fn record(node: &str) -> Record {
         node: node.parse().unwrap(),
         addresses: vec!["172.18.0.2".parse().unwrap()],
         pod_prefixes: vec!["10.244.1.0/24".parse().unwrap()],
+        zone: None,
         announcement: Some(r#"{"version":1}"#.to_owned()),
     }
 }

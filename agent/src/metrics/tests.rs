@@ -10,8 +10,8 @@ use shroud_model::{Family as IpFamily, NodeId, PublicKey};
 
 use super::*;
 use crate::check::Check;
-use crate::status::PathStatus;
 use crate::status::tests::{peer, status};
+use crate::status::{OptOutStatus, PathStatus};
 
 /// Everything that a sample borrows.
 struct World {
@@ -113,7 +113,11 @@ fn lively() -> World {
         problems: vec![Check::PeerNoHandshake.says("none")],
         ..peer("c")
     };
-    let mut world = World::new([b, c]);
+    let d = PeerStatus {
+        in_the_clear: Some("one zone".to_owned()),
+        ..peer("d")
+    };
+    let mut world = World::new([b, c, d]);
     world.handshakes = [(name("b"), 1_799_999_940)].into();
     world.uplinks = ["eth0".to_owned(), "eth1".to_owned()].into();
     world.counters = vec![
@@ -149,6 +153,12 @@ fn lively() -> World {
         Check::PeerNoHandshake.says("c"),
     ];
     status.gate.plaintext_bytes = 100;
+    // A pod with two addresses is one.
+    status.opted_out = Some(
+        ["10.244.1.7", "fd00::7"]
+            .map(|address| opt_out("shop/cart", address))
+            .into(),
+    );
     world.tally.durations.observe(Duration::from_millis(20));
     world.tally.changes.insert(crate::check::Driver::Gate, 3);
     world.tally.failures.insert(crate::check::Driver::Routing, 1);
@@ -158,6 +168,24 @@ fn lively() -> World {
         .convergence
         .configured([key].iter(), start + Duration::from_millis(80));
     world
+}
+
+fn opt_out(pod: &str, address: &str) -> OptOutStatus {
+    OptOutStatus {
+        pod: pod.to_owned(),
+        node: name("b"),
+        address: address.parse().unwrap(),
+        by: "namespace".to_owned(),
+    }
+}
+
+#[test]
+fn nobody_is_counted_while_nobody_can_say_who_has_opted_out() {
+    let mut world = lively();
+
+    world.status.as_mut().unwrap().opted_out = None;
+
+    assert_eq!(world.samples("shroud_opted_out_pods"), [""; 0]);
 }
 
 #[test]

@@ -11,12 +11,12 @@ use shroud_keyd::{Peer, Snapshot};
 use shroud_model::{Family, Prefix};
 use shroud_routing::{Hop, Route, Rule, Table};
 
-use super::{PlannedPeer, outgoing};
+use super::{PlannedPeer, outgoing, shared_zone};
 use crate::config::Config;
 
 /// Whether traffic between this node and a peer is encrypted.
-pub(crate) fn are_encrypted(config: &Config, peer: &Peer) -> bool {
-    config.encrypt.nodes && peer.encrypts_nodes
+pub(crate) fn are_encrypted(config: &Config, snapshot: &Snapshot, peer: &Peer) -> bool {
+    config.encrypt.nodes && peer.encrypts_nodes && shared_zone(config, snapshot, peer).is_none()
 }
 
 /// The gate's view of all underlay addresses. This node's own come last: nobody else can have them.
@@ -32,7 +32,7 @@ pub(crate) fn table(config: &Config, snapshot: &Snapshot, own_addresses: &BTreeS
     for (name, peer) in &snapshot.peers {
         let known = Node {
             node: name.id(),
-            path: if are_encrypted(config, peer) {
+            path: if are_encrypted(config, snapshot, peer) {
                 NodePath::Encrypted
             } else {
                 NodePath::Open

@@ -49,6 +49,87 @@ fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
     assert_eq!(plan.problems, []);
 }
 
+/// Node a in zone z1, with a peer in each zone there is, all of which encrypt across zones only.
+fn zones(own: Option<&str>) -> World {
+    let zone = |text: &str| Some(text.parse().unwrap());
+    let mut world = World::new()
+        .configured(|config| config.encrypt.scope = EncryptScope::CrossZone)
+        .peer("near", 2, &["172.18.0.2"], &["10.244.2.0/24"])
+        .peer("far", 3, &["172.18.0.3"], &["10.244.3.0/24"])
+        .peer("nowhere", 4, &["172.18.0.4"], &["10.244.4.0/24"])
+        .announcing("near", |peer| peer.zone = zone("z1"))
+        .announcing("far", |peer| peer.zone = zone("z2"));
+    for peer in world.snapshot.peers.values_mut() {
+        peer.scope = EncryptScope::CrossZone;
+    }
+    world.snapshot.own.zone = own.and_then(zone);
+    world
+}
+
+fn ways(plan: &Plan) -> [Way; 3] {
+    ["10.244.2.0/24", "10.244.3.0/24", "10.244.4.0/24"].map(|pods| plan.gate.table.owners[&prefix(pods)].path)
+}
+
+#[test]
+fn inside_a_zone_nothing_is_encrypted_where_both_want_it_so() {
+    let plan = zones(Some("z1")).plan();
+
+    assert_eq!(ways(&plan), [Way::Plain, Way::Encrypted, Way::Encrypted]);
+    assert_eq!(plan.peers[&name("near")].in_zone, Some("z1".parse().unwrap()));
+    assert_eq!(plan.peers[&name("far")].in_zone, None);
+    // The tunnel stays: a change of mind costs no handshake.
+    assert_eq!(plan.tunnel.peers.len(), 3);
+    assert_eq!(plan.problems, []);
+}
+
+#[test]
+fn a_peer_that_wants_all_encrypted_is_encrypted_to() {
+    let world = zones(Some("z1")).announcing("near", |peer| peer.scope = EncryptScope::All);
+    assert_eq!(ways(&world.plan()), [Way::Encrypted; 3]);
+
+    let world = zones(Some("z1")).configured(|config| config.encrypt.scope = EncryptScope::All);
+    assert_eq!(ways(&world.plan()), [Way::Encrypted; 3]);
+}
+
+#[test]
+fn a_node_without_a_zone_encrypts_to_all_and_says_so() {
+    let plan = zones(None).plan();
+
+    assert_eq!(ways(&plan), [Way::Encrypted; 3]);
+    assert_eq!(plan.problems.len(), 1);
+    assert_eq!(plan.problems[0].check, Check::NoZone);
+}
+
+#[test]
+fn inside_a_zone_the_nodes_own_traffic_is_not_encrypted_either() {
+    let mut world = zones(Some("z1")).configured(|config| config.encrypt.nodes = true);
+    for peer in world.snapshot.peers.values_mut() {
+        peer.encrypts_nodes = true;
+    }
+
+    let plan = world.plan();
+
+    let path = |address| plan.gate.table.nodes[&ip(address)].path;
+    assert_eq!(path("172.18.0.2"), shroud_ebpf::NodePath::Open);
+    assert_eq!(path("172.18.0.3"), shroud_ebpf::NodePath::Encrypted);
+}
+
+#[test]
+fn pods_opt_out_where_the_configuration_lets_them() {
+    let claim = shroud_keyd::OptOut {
+        pod: "shop/cart".to_owned(),
+        node: name("a"),
+        by: shroud_keyd::opt_out::OptOutBy::Pod,
+    };
+    let mut world = World::new();
+    world.snapshot.opted_out = Some([(ip("10.244.1.7"), claim)].into());
+
+    assert_eq!(world.plan().gate.table.opted_out, [].into());
+
+    let world = world.configured(|config| config.encrypt.opt_out = true);
+    assert_eq!(world.plan().gate.table.opted_out, [ip("10.244.1.7")].into());
+}
+
 #[test]
 fn a_peer_behind_a_gateway_is_routed_to_the_gateway() {
     let mut world = World::new().peer("b", 2, &["172.19.0.2"], &["10.244.2.0/24"]);
@@ -481,9 +562,11 @@ directory: { file: { path: /nodes } }
                 own: Own {
                     pod_prefixes: prefixes(&["10.244.1.0/24", "fd00:10:244:1::/64"]),
                     addresses: Vec::new(),
+                    zone: None,
                 },
                 peers: BTreeMap::new(),
                 refused: BTreeMap::new(),
+                opted_out: None,
                 problems: Vec::new(),
             },
             surroundings: Surroundings {
@@ -538,6 +621,8 @@ directory: { file: { path: /nodes } }
             overlays: Vec::new(),
             routable: false,
             encrypts_nodes: false,
+            scope: EncryptScope::All,
+            zone: None,
         };
         self.snapshot.peers.insert(name(node), peer);
         self

@@ -1,6 +1,6 @@
 //! What the agent answers when it is asked: the last pass, and the kernel as it is at this moment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,13 +16,13 @@ use crate::cli::Source;
 use crate::config::GateMode;
 use crate::explain::{self, Knowledge, attached_at, place};
 use crate::metrics::{self, Sample, Seen};
-use crate::plan::{Plan, PlannedPeer};
+use crate::plan::{Plan, PlannedPeer, opted_out};
 use crate::rates::verdict;
 use crate::readiness::{Expected, Readiness};
 use crate::serve::Request;
 use crate::status::{
-    EncryptionStatus, Explanation, GateCounters, GateStatus, PassStatus, PathStatus, PeerStatus, RefusedStatus,
-    RoutingStatus, Status, VERSION, Verdict,
+    EncryptionStatus, Explanation, GateCounters, GateStatus, OptOutStatus, PassStatus, PathStatus, PeerStatus,
+    RefusedStatus, RoutingStatus, Status, VERSION, Verdict,
 };
 
 /// A peer that has not shaken hands for this long has no session (REJECT_AFTER_TIME, WireGuard whitepaper §6.1).
@@ -97,6 +97,13 @@ impl Reconciler {
             reasons: refused.reasons.iter().map(ToString::to_string).collect(),
             fenced: refused.pod_prefixes.iter().copied().collect(),
         });
+        let opted_out = opted_out(&self.config, &last.snapshot);
+        let opted_out = opted_out.into_iter().map(|(address, claim)| OptOutStatus {
+            pod: claim.pod,
+            node: claim.node,
+            address,
+            by: claim.by.to_string(),
+        });
         let mut status = Status {
             version: VERSION,
             verdict: Verdict::Healthy,
@@ -139,6 +146,7 @@ impl Reconciler {
             directory,
             peers,
             refused: refused.collect(),
+            opted_out: (!self.opt_outs_unknown).then(|| opted_out.collect()),
             pass: PassStatus {
                 number: last.number,
                 changes: last.changes,
@@ -318,12 +326,15 @@ fn judge(status: &mut Status, plan: &Plan) {
         .problems
         .extend(failures.iter().map(|failure| failure.about("last pass")));
 
-    let connected = status.peers.iter().filter(|peer| peer.problems.is_empty()).count();
+    let (plain, tunnelled): (Vec<_>, Vec<_>) = status.peers.iter().partition(|peer| peer.in_the_clear.is_some());
+    let connected = tunnelled.iter().filter(|peer| peer.problems.is_empty()).count();
     let total = status.peers.len() + status.refused.len();
     if status.problems.is_empty() {
         status.verdict = Verdict::Healthy;
         status.summary = format!(
-            "every byte to {total} of {total} nodes is encrypted, the gate enforces on {}, {} bytes in the clear",
+            "every byte to {} of {total} nodes is encrypted, {}the gate enforces on {}, {} bytes in the clear",
+            tunnelled.len(),
+            by_configuration(plain.len(), status.opted_out.as_deref().unwrap_or_default()),
             status.gate.uplinks.join(", "),
             status.gate.plaintext_bytes
         );
@@ -338,6 +349,19 @@ fn judge(status: &mut Status, plan: &Plan) {
             status.problems[0]
         );
     }
+}
+
+/// What the configuration leaves in the clear, to be told before the bytes that should not be.
+fn by_configuration(plain_nodes: usize, opted_out: &[OptOutStatus]) -> String {
+    let pods: BTreeSet<&str> = opted_out.iter().map(|opt_out| opt_out.pod.as_str()).collect();
+    let mut text = String::new();
+    if plain_nodes > 0 {
+        text.push_str(&format!("{plain_nodes} in this zone are in the clear, "));
+    }
+    if !pods.is_empty() {
+        text.push_str(&format!("but for {} pods that have opted out, ", pods.len()));
+    }
+    text
 }
 
 /// A peer as it is on the encryption device.
@@ -400,6 +424,10 @@ fn peer_status(
         }),
         pod_prefixes: planned.pod_prefixes.iter().copied().collect(),
         encrypts_nodes: planned.encrypts_nodes,
+        in_the_clear: planned
+            .in_zone
+            .as_ref()
+            .map(|zone| format!("both nodes are in zone {zone}, and `encrypt.scope` is cross-zone")),
         problems,
     }
 }

@@ -49,7 +49,7 @@ fn an_exempt_pod_is_in_the_clear_and_its_neighbour_is_not() -> Result<()> {
     );
     let explained = mesh.json("a", &["explain", "10.244.1.11", "10.244.2.10"])?;
     ensure!(
-        explained["outcome"] == "plain" && explained["because"].to_string().contains("exempts"),
+        explained["outcome"] == "plain" && explained["because"].to_string().contains("does not want it encrypted"),
         "{explained:#}"
     );
     Ok(())

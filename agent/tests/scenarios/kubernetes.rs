@@ -15,14 +15,14 @@ use crate::mesh::{Mesh, SHROUD, none_was_lost, nothing_leaked};
 const STALL: Duration = Duration::from_secs(4);
 
 /// Nodes in a cluster.
-struct Nodes {
-    mesh: Mesh,
-    cluster: Cluster,
+pub(crate) struct Nodes {
+    pub(crate) mesh: Mesh,
+    pub(crate) cluster: Cluster,
 }
 
 impl Nodes {
     /// Nodes whose agents were just started.
-    fn started(name: &str, nodes: u8, server: Options, options: &AgentOptions) -> Result<Self> {
+    pub(crate) fn started(name: &str, nodes: u8, server: Options, options: &AgentOptions) -> Result<Self> {
         let lab = Topology::new(name).nodes(nodes).pods(2).build()?;
         let cluster = Cluster::start(&lab, server)?;
         let agents = lab
@@ -56,7 +56,7 @@ impl Nodes {
     }
 
     /// Captures every underlay port from now on.
-    fn capture(&self) -> Result<Capture> {
+    pub(crate) fn capture(&self) -> Result<Capture> {
         Capture::start(&self.mesh.lab, self.cluster.allowed(&self.mesh.lab))
     }
 }
@@ -65,7 +65,7 @@ fn is_refused(status: &Status, node: &str) -> bool {
     status.refused.iter().any(|refused| refused.node == node)
 }
 
-fn has_problem(status: &Status, check: &str) -> bool {
+pub(crate) fn has_problem(status: &Status, check: &str) -> bool {
     let directory = status.raw["directory"]["problems"].as_array();
     let of_directory = directory.into_iter().flatten().any(|problem| problem["check"] == check);
     of_directory || status.problems.iter().any(|problem| problem.check == check)
@@ -77,7 +77,7 @@ fn pulses(mesh: &Mesh) -> Result<Vec<Pulse>> {
 }
 
 /// Insists that no connection was lost, and that none was silent for long.
-fn none_was_lost_or_stalled(pulses: Vec<Pulse>) -> Result<()> {
+pub(crate) fn none_was_lost_or_stalled(pulses: Vec<Pulse>) -> Result<()> {
     let longest = none_was_lost(pulses)?;
     ensure!(longest < STALL, "a connection stalled {longest:?}");
     Ok(())

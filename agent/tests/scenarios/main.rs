@@ -26,6 +26,7 @@ mod matrix;
 mod mesh;
 mod mtu;
 mod nodes;
+mod opt_out;
 mod overlay;
 mod pair;
 mod reconcile;

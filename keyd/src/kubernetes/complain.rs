@@ -178,6 +178,7 @@ mod tests {
                     .unwrap(),
                 ],
                 pod_prefixes: Vec::new(),
+                zone: None,
                 announcement,
             })
         };
@@ -195,6 +196,7 @@ mod tests {
                 node: name(&node),
                 addresses: vec![address.parse().unwrap()],
                 pod_prefixes: Vec::new(),
+                zone: None,
                 announcement: Some(announcement),
             })
         };

@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::api::{Api, Failure, FailureKind, Status, chain};
-use super::object::{Metadata, Object, metadata};
+use super::object::{Object, metadata};
 use super::pace::Pace;
 
 /// How many objects are asked for at once. A Node has some 10 KB; a page of them is what we hold in memory for a moment.
@@ -39,8 +39,10 @@ pub(super) struct Collection {
     pub(super) name: &'static str,
     /// Its path, such as `/api/v1/nodes`.
     pub(super) path: String,
-    /// Restricts it, such as `metadata.name=a`.
+    /// Restricts it by fields, such as `metadata.name=a`.
     pub(super) fields: Option<String>,
+    /// Restricts it by labels, such as `app=a`.
+    pub(super) labels: Option<String>,
     /// How long a watch may say nothing, not even a bookmark (they come every minute), before it is opened anew.
     pub(super) idle: Duration,
 }
@@ -52,7 +54,7 @@ pub(super) enum Update<T> {
     Listed(Vec<T>),
     /// One object is new or has changed.
     Applied(T),
-    /// One object is gone; this is its name.
+    /// One object is gone, or no longer belongs here; this is its key, see `object::Metadata::key`.
     Deleted(String),
     /// A list was asked for.
     Lists,
@@ -132,6 +134,7 @@ async fn list<T: Object>(
             limit: Some(PAGE),
             continue_token: next.take(),
             field_selector: collection.fields.clone(),
+            label_selector: collection.labels.clone(),
             ..ListParams::default()
         };
         let request = Request::new(&collection.path).list(&params);
@@ -182,6 +185,7 @@ async fn watch<T: Object>(
     let timeout = WATCH.start + seconds as u32;
     let params = WatchParams {
         field_selector: collection.fields.clone(),
+        label_selector: collection.labels.clone(),
         timeout: Some(timeout),
         bookmarks: true,
         ..WatchParams::default()
@@ -203,18 +207,18 @@ async fn watch<T: Object>(
             let status: Status = serde_json::from_str(event.object.get()).unwrap_or_default();
             return Err(Failure::of_status(&attempt, &status));
         }
-        let Metadata { name, resource_version } = metadata(event.object);
+        let metadata = metadata(event.object);
         let update = match event.kind {
             "ADDED" | "MODIFIED" => Some(Update::Applied(T::read(event.object))),
-            "DELETED" => Some(Update::Deleted(name)),
+            "DELETED" => Some(Update::Deleted(metadata.key())),
             // A bookmark carries a version and nothing else; of what a later server may say, we can use no more.
             _ => None,
         };
         if let Some(update) = update {
             tell(update).await;
         }
-        if !resource_version.is_empty() {
-            *version = resource_version;
+        if !metadata.resource_version.is_empty() {
+            *version = metadata.resource_version;
         }
         // Now the server has shown that it serves this watch, and not only that it accepted it.
         pace.succeeded();

@@ -3,9 +3,10 @@
 //! Each object is parsed by itself, so that one that makes no sense costs nobody else anything.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::marker::PhantomData;
+use std::net::IpAddr;
 
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
@@ -14,7 +15,7 @@ use serde_json::value::RawValue;
 use shroud_model::NodeName;
 
 use crate::refusal::Excerpt;
-use crate::{ANNOTATION, Record, Unreadable};
+use crate::{ANNOTATION, Record, Unreadable, opt_out};
 
 /// A kind of object, as far as it is read.
 pub(super) trait Object: Sized {
@@ -27,7 +28,20 @@ pub(super) trait Object: Sized {
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Metadata {
     pub(super) name: String,
+    /// Empty for what lives in none.
+    namespace: String,
     pub(super) resource_version: String,
+}
+
+impl Metadata {
+    /// What tells the object from all others of its kind: its name, and before it, with a slash, its namespace if it lives in one.
+    pub(super) fn key(&self) -> String {
+        if self.namespace.is_empty() {
+            self.name.clone()
+        } else {
+            format!("{}/{}", self.namespace, self.name)
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -116,44 +130,81 @@ struct NodeMetadata {
     #[serde(default)]
     uid: String,
     #[serde(default)]
-    annotations: Annotations,
+    annotations: One<Announced>,
+    #[serde(default)]
+    labels: One<InZone>,
 }
 
-/// Our annotation, out of all those an object has.
-#[derive(Default)]
-struct Annotations {
-    ours: Option<String>,
+/// One annotation or label, out of all those an object has.
+struct One<K> {
+    value: Option<String>,
+    key: PhantomData<K>,
 }
 
-impl<'de> Deserialize<'de> for Annotations {
+/// The name of an annotation or label.
+trait Key {
+    const NAME: &'static str;
+}
+
+/// Our annotation.
+struct Announced;
+
+impl Key for Announced {
+    const NAME: &'static str = ANNOTATION;
+}
+
+/// The label with the zone of a node (Kubernetes, "Well-Known Labels, Annotations and Taints").
+struct InZone;
+
+impl Key for InZone {
+    const NAME: &'static str = "topology.kubernetes.io/zone";
+}
+
+/// The label by which a pod or namespace opts out.
+struct Encrypts;
+
+impl Key for Encrypts {
+    const NAME: &'static str = opt_out::LABEL;
+}
+
+impl<K> Default for One<K> {
+    fn default() -> Self {
+        Self {
+            value: None,
+            key: PhantomData,
+        }
+    }
+}
+
+impl<'de, K: Key> Deserialize<'de> for One<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OursOnly;
+        struct OneOnly<K>(PhantomData<K>);
 
-        impl<'de> Visitor<'de> for OursOnly {
-            type Value = Annotations;
+        impl<'de, K: Key> Visitor<'de> for OneOnly<K> {
+            type Value = One<K>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("annotations")
+                f.write_str("annotations or labels")
             }
 
-            fn visit_unit<E>(self) -> Result<Annotations, E> {
-                Ok(Annotations::default())
+            fn visit_unit<E>(self) -> Result<One<K>, E> {
+                Ok(One::default())
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Annotations, A::Error> {
-                let mut ours = None;
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<One<K>, A::Error> {
+                let mut one = One::default();
                 while let Some(key) = map.next_key::<Cow<'de, str>>()? {
-                    if key == ANNOTATION {
-                        ours = Some(map.next_value()?);
+                    if key == K::NAME {
+                        one.value = Some(map.next_value()?);
                     } else {
                         map.next_value::<IgnoredAny>()?;
                     }
                 }
-                Ok(Annotations { ours })
+                Ok(one)
             }
         }
 
-        deserializer.deserialize_any(OursOnly)
+        deserializer.deserialize_any(OneOnly(PhantomData))
     }
 }
 
@@ -197,7 +248,10 @@ impl From<NodeObject> for Node {
         } = object;
         let mut conditions = status.conditions.take().unwrap_or_default().into_iter();
         let network_unavailable = conditions.find(|Fields(condition)| condition.kind == "NetworkUnavailable");
-        let record = record(&metadata.name, metadata.annotations.ours, spec, status);
+        // What is no label at all is no zone either.
+        let zone = metadata.labels.value.and_then(|zone| zone.parse().ok());
+        let record =
+            record(&metadata.name, metadata.annotations.value, spec, status).map(|record| Record { zone, ..record });
         Self {
             uid: metadata.uid,
             record: record.map_err(|(node, reason)| Unreadable {
@@ -249,9 +303,107 @@ fn record(
     Ok(Record {
         addresses,
         pod_prefixes,
+        zone: None,
         announcement,
         node,
     })
+}
+
+/// A Pod, as far as it matters who sends from its addresses. What makes no sense is a pod without addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Pod {
+    /// Its namespace and name, as [`Metadata::key`] puts them.
+    pub(super) key: String,
+    /// The node it runs on.
+    pub(super) node: Option<NodeName>,
+    /// The addresses that are its own, and are so for as long as it is there: none before it has some, when it is about to go, or when it uses
+    /// its node's.
+    pub(super) addresses: Vec<IpAddr>,
+    /// What its own label says of encryption.
+    pub(super) encrypt: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct PodObject {
+    metadata: Fields<PodMetadata>,
+    #[serde(default)]
+    spec: Fields<PodSpec>,
+    #[serde(default)]
+    status: Fields<PodStatus>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PodMetadata {
+    #[serde(default)]
+    deletion_timestamp: Option<IgnoredAny>,
+    #[serde(default)]
+    labels: One<Encrypts>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct PodSpec {
+    node_name: Option<String>,
+    host_network: Option<bool>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct PodStatus {
+    phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pod_ip: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<Fields<PodIp>>>,
+}
+
+#[derive(Default, Deserialize)]
+struct PodIp {
+    #[serde(default)]
+    ip: String,
+}
+
+impl Object for Pod {
+    fn read(raw: &RawValue) -> Self {
+        let key = metadata(raw).key();
+        let Ok(Fields(object)) = serde_json::from_str::<Fields<PodObject>>(raw.get()) else {
+            return Self { key, ..Self::default() };
+        };
+        let PodObject {
+            metadata: Fields(metadata),
+            spec: Fields(spec),
+            status: Fields(status),
+        } = object;
+        let is_there = metadata.deletion_timestamp.is_none()
+            && spec.host_network != Some(true)
+            && !matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let listed = status
+            .pod_ips
+            .unwrap_or_default()
+            .into_iter()
+            .map(|Fields(PodIp { ip })| ip);
+        let addresses: BTreeSet<IpAddr> = listed
+            .chain(status.pod_ip)
+            .filter_map(|address| address.parse().ok())
+            .collect();
+        Self {
+            key,
+            node: spec.node_name.and_then(|name| name.parse().ok()),
+            addresses: addresses.into_iter().filter(|_| is_there).collect(),
+            encrypt: metadata.labels.value,
+        }
+    }
+}
+
+/// A Namespace: its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Namespace(pub(super) String);
+
+impl Object for Namespace {
+    fn read(raw: &RawValue) -> Self {
+        Self(metadata(raw).key())
+    }
 }
 
 /// A ConfigMap: its `data`, or nothing where that makes no sense.
@@ -286,7 +438,7 @@ mod tests {
     fn a_node_becomes_a_record() {
         let node = read(
             r#"{"kind":"Node","apiVersion":"v1",
-            "metadata":{"name":"node-a","uid":"b7","resourceVersion":"291","labels":{"x":"y"},"annotations":{"other":"1","shroud.dev/node":"{}"},"managedFields":[{"fieldsV1":{}}]},
+            "metadata":{"name":"node-a","uid":"b7","resourceVersion":"291","labels":{"x":"y","topology.kubernetes.io/zone":"eu-1a"},"annotations":{"other":"1","shroud.dev/node":"{}"},"managedFields":[{"fieldsV1":{}}]},
             "spec":{"podCIDR":"10.244.1.0/24","podCIDRs":["10.244.1.0/24","fd00:244:1::/64"],"taints":[]},
             "status":{"addresses":[{"type":"Hostname","address":"node-a"},{"type":"ExternalIP","address":"203.0.113.9"},{"type":"InternalIP","address":"172.18.0.2"},{"type":"InternalIP","address":"fd18::2"}],
             "conditions":[{"type":"Ready","status":"True"},{"type":"NetworkUnavailable","status":"Unknown","reason":"NoRouteCreated"}],"nodeInfo":{}}}"#,
@@ -300,6 +452,7 @@ mod tests {
             pod_prefixes: ["10.244.1.0/24", "fd00:244:1::/64"]
                 .map(|text| text.parse().unwrap())
                 .to_vec(),
+            zone: Some("eu-1a".parse().unwrap()),
             announcement: Some("{}".to_owned()),
         };
         assert_eq!(
@@ -321,9 +474,54 @@ mod tests {
             node: "node-b".parse().unwrap(),
             addresses: Vec::new(),
             pod_prefixes: Vec::new(),
+            zone: None,
             announcement: None,
         };
         assert_eq!(record, Ok(nothing));
+    }
+
+    #[test]
+    fn a_label_that_cannot_be_one_is_no_zone() {
+        let record = read(r#"{"metadata":{"name":"a","labels":{"topology.kubernetes.io/zone":"\u001b[31m"}}}"#).record;
+
+        assert_eq!(record.unwrap().zone, None);
+    }
+
+    #[test]
+    fn a_pod_has_addresses_while_they_are_its_own() {
+        let pod = |changed: &dyn Fn(&mut serde_json::Value)| {
+            let mut object = serde_json::json!({
+                "metadata": { "name": "cart", "namespace": "shop", "labels": { "shroud.dev/encrypt": "false", "app": "cart" } },
+                "spec": { "nodeName": "node-a", "containers": [{ "name": "c" }] },
+                "status": { "phase": "Running", "podIP": "10.244.1.7", "podIPs": [{ "ip": "10.244.1.7" }, { "ip": "fd00::7" }] },
+            });
+            changed(&mut object);
+            Pod::read(serde_json::from_str(&object.to_string()).unwrap())
+        };
+        let running = Pod {
+            key: "shop/cart".to_owned(),
+            node: Some("node-a".parse().unwrap()),
+            addresses: vec!["10.244.1.7".parse().unwrap(), "fd00::7".parse().unwrap()],
+            encrypt: Some("false".to_owned()),
+        };
+        let gone = Pod {
+            addresses: Vec::new(),
+            ..running.clone()
+        };
+
+        assert_eq!(pod(&|_| {}), running);
+        let deleted = "2026-11-25T08:00:00Z";
+        assert_eq!(pod(&|pod| pod["metadata"]["deletionTimestamp"] = deleted.into()), gone);
+        assert_eq!(pod(&|pod| pod["spec"]["hostNetwork"] = true.into()), gone);
+        for phase in ["Succeeded", "Failed"] {
+            assert_eq!(pod(&|pod| pod["status"]["phase"] = phase.into()), gone);
+        }
+        assert_eq!(pod(&|pod| pod["status"] = serde_json::json!({})), gone);
+        let nonsense = Pod {
+            key: "shop/cart".to_owned(),
+            ..Pod::default()
+        };
+        assert_eq!(pod(&|pod| pod["status"]["podIPs"] = 7.into()), nonsense);
     }
 
     #[test]

@@ -33,6 +33,10 @@ pub struct AgentOptions {
     pub backend: String,
     /// `native`, `vxlan`, `geneve` or `auto`.
     pub mode: String,
+    /// Which traffic between pods is encrypted: `all` or `cross-zone`.
+    pub scope: String,
+    /// Whether pods may opt out.
+    pub opt_out: bool,
     /// Whether traffic of nodes is encrypted too.
     pub nodes: bool,
     /// How often an idle tunnel speaks, e.g. `25s`.
@@ -142,6 +146,8 @@ impl AgentOptions {
             exempt: String::new(),
             backend: env::var("SHROUD_TEST_BACKEND").unwrap_or_else(|_| "userspace".into()),
             mode: "native".into(),
+            scope: "all".into(),
+            opt_out: false,
             nodes: false,
             keepalive: "25s".into(),
             directory: String::new(),
@@ -362,7 +368,7 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
          protected: [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n\
          exempt: [{exempt}]\n\
          routing: {{ mode: {mode} }}\n\
-         encrypt: {{ nodes: {nodes} }}\n\
+         encrypt: {{ nodes: {nodes}, scope: {scope}, optOut: {opt_out} }}\n\
          encryption: {{ backend: {backend}, device: {device}, listenPort: {LISTEN_PORT}, keepalive: {keepalive} }}\n\
          gate: {{ mode: \"{gate}\", pinDir: {pins}, attach: {attach} }}\n\
          directory: {directory}\n\
@@ -372,6 +378,8 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
         runtime = node.runtime().display(),
         mode = options.mode,
         nodes = options.nodes,
+        scope = options.scope,
+        opt_out = options.opt_out,
         backend = options.backend,
         device = node.device,
         keepalive = options.keepalive,

@@ -12,7 +12,7 @@ use shroud_apiserver::{ApiServer, Identity, Options};
 
 use crate::agent::{AgentOptions, LISTEN_PORT};
 use crate::frame::Allowed;
-use crate::topology::{Families, Family, GATEWAY, Lab, Node};
+use crate::topology::{Families, Family, GATEWAY, Host, Lab, Node};
 
 /// The port of the API server, as everywhere.
 const PORT: u16 = 6443;
@@ -22,6 +22,10 @@ const TCP: u8 = 6;
 pub const NAMESPACE: &str = "shroud-system";
 /// The ConfigMap that keeps nodes and keys out.
 pub const DENY_LIST: &str = "shroud-denied";
+/// The namespace of the pods.
+pub const PODS: &str = "pods";
+/// The label with a node's zone.
+pub const ZONE: &str = "topology.kubernetes.io/zone";
 /// The annotation by which nodes announce themselves.
 pub const ANNOTATION: &str = "shroud.dev/node";
 
@@ -107,6 +111,31 @@ impl Cluster {
             "data": { "denied": lines },
         });
         self.server.put(map).map(drop)
+    }
+
+    /// Makes or changes the Pod object of a pod, as its kubelet has it once it runs, in the namespace `pods`.
+    pub fn run_pod(&self, node: &Node, pod: &Host, labels: &Value) -> Result<()> {
+        let addresses: Vec<Value> = Family::BOTH.map(|family| json!({ "ip": pod.address(family) })).into();
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "name": pod.name, "namespace": PODS, "labels": labels },
+            "spec": { "nodeName": node.host.name, "containers": [{ "name": "main", "image": "none" }] },
+            "status": { "phase": "Running", "podIP": addresses[0]["ip"], "podIPs": addresses },
+        });
+        self.server.put(object).map(drop)
+    }
+
+    /// Makes or changes the namespace `pods`.
+    pub fn label_namespace(&self, labels: &Value) -> Result<()> {
+        let object = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": PODS, "labels": labels } });
+        self.server.put(object).map(drop)
+    }
+
+    /// Puts a node into a zone.
+    pub fn place(&self, node: &Node, zone: &str) -> Result<()> {
+        let labels = json!({ "metadata": { "labels": { ZONE: zone } } });
+        self.server.patch("nodes", "", &node.host.name, &labels).map(drop)
     }
 
     /// What the underlay may carry: WireGuard, and the agents' connections to the API server.

@@ -321,21 +321,41 @@ impl Gate {
         Ok(Encoded { settings, entries }.decode())
     }
 
-    /// Fills the generation that no packet reads, then switches with one write.
+    /// Fills the generation that no packet reads, then switches with one write. It holds the table before last, which in a large mesh
+    /// differs in a few entries of thousands; only those are written.
     fn replace_table(&mut self, table: &Table) -> Result<(), Error> {
         let next = 1 - self.generation()?;
         let encoded = table.encode()?;
-        let stale: Vec<_> = map_error("read", PREFIXES, self.prefixes.keys().collect::<Result<_, _>>())?;
-        for key in stale
+        let mut missing: BTreeMap<_, _> = encoded
+            .entries
             .iter()
-            .filter(|key: &&Key<_>| PrefixKey::from_bytes(&key.data()).generation == next)
-        {
-            map_error("empty", PREFIXES, self.prefixes.remove(key))?;
+            .map(|(prefix, entry)| {
+                let key = PrefixKey::new(next, &address(prefix.address()));
+                let length = PREFIX_KEY_BITS + u32::from(prefix.length());
+                ((length, key.to_bytes()), entry.to_bytes())
+            })
+            .collect();
+        let mut stale = Vec::new();
+        for item in self.prefixes.iter() {
+            let (key, entry) = map_error("read", PREFIXES, item)?;
+            if PrefixKey::from_bytes(&key.data()).generation != next {
+                continue;
+            }
+            let place = (key.prefix_len(), key.data());
+            match missing.get(&place) {
+                Some(wanted) if *wanted == entry => {
+                    missing.remove(&place);
+                }
+                // Writing goes over what is there.
+                Some(_) => {}
+                None => stale.push(key),
+            }
         }
-        for (prefix, entry) in &encoded.entries {
-            let key = PrefixKey::new(next, &address(prefix.address()));
-            let key = Key::new(PREFIX_KEY_BITS + u32::from(prefix.length()), key.to_bytes());
-            map_error("fill", PREFIXES, self.prefixes.insert(&key, entry.to_bytes(), 0))?;
+        for key in stale {
+            map_error("empty", PREFIXES, self.prefixes.remove(&key))?;
+        }
+        for ((length, key), entry) in missing {
+            map_error("fill", PREFIXES, self.prefixes.insert(&Key::new(length, key), entry, 0))?;
         }
         map_error(
             "fill",

@@ -155,24 +155,34 @@ impl Table {
             .copied()
             .chain(self.nodes.keys().chain(&self.opted_out).copied().map(Prefix::host))
             .collect();
-        let entries = prefixes
-            .into_iter()
-            .map(|prefix| (prefix, self.entry(prefix)))
-            .collect();
+        let mut entries = BTreeMap::new();
+        // A prefix comes before all that it covers, so those that cover the next one are always the last few that are open.
+        let mut open: Vec<(Prefix, Held)> = Vec::new();
+        for prefix in prefixes {
+            while open.last().is_some_and(|(shorter, _)| !shorter.covers(prefix)) {
+                open.pop();
+            }
+            let held = self.held(prefix, open.last().map(|(_, held)| *held).unwrap_or_default());
+            entries.insert(prefix, self.entry(prefix, held));
+            open.push((prefix, held));
+        }
         Ok(Encoded { settings, entries })
     }
 
-    /// All that holds for a prefix, with what it inherits from shorter ones.
-    fn entry(&self, prefix: Prefix) -> Entry {
+    /// What holds for a prefix, given what holds for the next shorter one.
+    fn held(&self, prefix: Prefix, above: Held) -> Held {
+        Held {
+            protected: above.protected || self.protected.contains(&prefix),
+            exempt: above.exempt || self.exempt.contains(&prefix),
+            owner: self.owners.get(&prefix).copied().or(above.owner),
+        }
+    }
+
+    /// All that holds for a prefix, and what was declared of itself.
+    fn entry(&self, prefix: Prefix, held: Held) -> Entry {
         let flags = [
-            (
-                flag::PROTECTED,
-                covering(prefix).any(|shorter| self.protected.contains(&shorter)),
-            ),
-            (
-                flag::EXEMPT,
-                covering(prefix).any(|shorter| self.exempt.contains(&shorter)),
-            ),
+            (flag::PROTECTED, held.protected),
+            (flag::EXEMPT, held.exempt),
             (flag::DECLARED_PROTECTED, self.protected.contains(&prefix)),
             (flag::DECLARED_EXEMPT, self.exempt.contains(&prefix)),
             (flag::DECLARED_OWNER, self.owners.contains_key(&prefix)),
@@ -185,8 +195,7 @@ impl Table {
             .into_iter()
             .filter(|(_, holds)| *holds)
             .fold(0, |flags, (bit, _)| flags | bit);
-        let owner = covering(prefix).find_map(|shorter| self.owners.get(&shorter));
-        let path = match owner.map(|owner| owner.path) {
+        let path = match held.owner.map(|owner| owner.path) {
             None => PATH_NONE,
             Some(Path::Local) => PATH_LOCAL,
             Some(Path::Encrypted) => PATH_ENCRYPTED,
@@ -194,7 +203,7 @@ impl Table {
             Some(Path::Fenced) => PATH_FENCED,
         };
         let entry = Entry {
-            node: owner.map_or(0, |owner| owner.node.0),
+            node: held.owner.map_or(0, |owner| owner.node.0),
             path,
             flags,
             reserved: [0; 6],
@@ -204,6 +213,15 @@ impl Table {
             Some(_) | None => entry,
         }
     }
+}
+
+/// What a prefix has from itself and all shorter ones.
+#[derive(Debug, Clone, Copy, Default)]
+struct Held {
+    protected: bool,
+    exempt: bool,
+    /// The longest one's.
+    owner: Option<Owner>,
 }
 
 impl Node {

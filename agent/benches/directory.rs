@@ -299,7 +299,8 @@ fn node_object(number: u32) -> Value {
             json!({ "names": [format!("example/app-{image}@sha256:{digest}"), format!("example/app-{image}:v1")], "sizeBytes": 12_345_678 })
         })
         .collect();
-    let v6 = format!("fd00:10:244:{:x}::/64", number % 0xffff);
+    // From 1000 on, for the first are the lab's.
+    let v6 = format!("fd00:10:244:{:x}::/64", 0x1000 + number % 0xe000);
     json!({
         "apiVersion": "v1",
         "kind": "Node",

@@ -23,7 +23,7 @@ use shroud_keyd::{NodeKey, Snapshot};
 use shroud_model::{OverlayFormat, Prefix};
 use shroud_overlay::Overlay;
 use shroud_routing::path_mtu::Prober;
-use shroud_routing::{Hop, Kernel};
+use shroud_routing::Kernel;
 use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
@@ -352,12 +352,12 @@ impl Reconciler {
         let surroundings = self.look(snapshot)?;
         let plan = self.plan(snapshot, &surroundings);
         self.ensure_gate(&plan.gate, report);
-        let tunnel_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
+        let device_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
         if self.choice.is_ok() && !report.failed(Driver::Tunnel) {
             self.convergence.configured(plan.tunnel.peers.keys(), Instant::now());
         }
         let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
-        if !tunnel_changed && !overlay.tried {
+        if !device_changed && !overlay.tried {
             self.ensure_routing(&plan.routing, report);
             self.finish_overlay(&plan.overlay, &overlay, report);
             return Ok((plan, surroundings));
@@ -416,21 +416,19 @@ impl Reconciler {
 
     /// What this machine looks like around us.
     fn look(&mut self, snapshot: &Snapshot) -> anyhow::Result<Surroundings> {
-        let facts = self.kernel.facts().context("look at links and addresses")?;
-        let mut hops: BTreeMap<IpAddr, Hop> = BTreeMap::new();
-        for address in addresses_of_interest(snapshot) {
-            let hop = self
-                .kernel
-                .lookup(address, None, Some(self.config.gate.tunnel_mark))
-                .with_context(|| format!("look up the route to {address}"))?;
-            hops.insert(address, hop);
-        }
-        let mut not_pods = uplinks(&self.config, &facts, &hops);
-        not_pods.insert(self.config.encryption.device.clone());
-        let pod_devices = self
+        let facts = self
             .kernel
-            .devices_for(&snapshot.own.pod_prefixes, &not_pods)
-            .context("look for pods' devices")?;
+            .facts(&snapshot.own.pod_prefixes)
+            .context("look at links, addresses and routes")?;
+        let hops = self
+            .kernel
+            .lookup_all(&addresses_of_interest(snapshot), Some(self.config.gate.tunnel_mark))
+            .context("look up the routes to peers")?;
+        let mut pod_devices = facts.pod_route_devices.clone();
+        pod_devices.remove(&self.config.encryption.device);
+        for uplink in uplinks(&self.config, &facts, &hops) {
+            pod_devices.remove(&uplink);
+        }
         let overlay = self.overlay.observe().context("look at overlay devices")?;
         let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
         let encryption_device = encryption_device.filter(|_| self.encrypts_with_our_key());
@@ -490,7 +488,7 @@ impl Reconciler {
             .collect()
     }
 
-    /// Answers whether anything was tried.
+    /// Answers whether a change of the device itself was tried, which the rest of the plan depends on. Peers are nobody else's business.
     fn ensure_tunnel(&mut self, desired: &shroud_tunnel::Desired, report: &mut Report) -> bool {
         let observed = match self.tunnel.observe(&desired.device) {
             Ok(observed) => observed,
@@ -511,7 +509,14 @@ impl Reconciler {
         for (change, result) in rest.iter().zip(self.tunnel.apply_all(desired, rest)) {
             report.note(Driver::Tunnel, change, result.map_err(anyhow::Error::from));
         }
-        !changes.is_empty()
+        changes.iter().any(|change| {
+            use shroud_tunnel::Change;
+
+            matches!(
+                change,
+                Change::RemoveDevice { .. } | Change::CreateDevice { .. } | Change::SetPrivateKey { .. }
+            )
+        })
     }
 
     /// Does those changes that are `wanted` now.

@@ -11,6 +11,9 @@ pub struct Facts {
     pub links: BTreeMap<String, LinkFacts>,
     /// Devices that carry a default route of the main table, of either family.
     pub default_route_devices: BTreeSet<String>,
+    /// Devices to which a route of somebody else's leads, in whatever table, for a part of this node's pod ranges: where its pods are. Ours,
+    /// and the loopback device, are not among them.
+    pub pod_route_devices: BTreeSet<String>,
 }
 
 /// One device.

@@ -204,16 +204,21 @@ impl Kernel {
         }
     }
 
-    /// Reads the node's devices and default routes.
+    /// Reads the node's devices, its default routes, and which devices lead to a part of `pods`.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn facts(&mut self) -> Result<Facts, Error> {
+    pub fn facts(&mut self, pods: &BTreeSet<Prefix>) -> Result<Facts, Error> {
         let mut facts = Facts::default();
         let mut names = BTreeMap::new();
+        // Where pods cannot be.
+        let mut not_pods = BTreeSet::new();
         for link in self.links()? {
             let Some(name) = name(&link) else { continue };
             names.insert(link.header.index, name.clone());
+            if is_ours(kind(&link).as_deref()) || link.header.flags.contains(LinkFlags::Loopback) {
+                not_pods.insert(link.header.index);
+            }
             facts.links.insert(
                 name,
                 LinkFacts {
@@ -245,16 +250,50 @@ impl Kernel {
             });
         }
         for family in [Family::V4, Family::V6] {
-            for message in self.routes(family, Table::Main, None)? {
-                if message.header.destination_prefix_length == 0 && message.header.kind == RouteType::Unicast {
-                    let indices = message::devices(&message);
-                    facts
-                        .default_route_devices
-                        .extend(indices.iter().filter_map(|index| names.get(index).cloned()));
+            for message in self.all_tables(family)? {
+                if message.header.kind != RouteType::Unicast {
+                    continue;
+                }
+                let is_default = message.header.destination_prefix_length == 0;
+                let in_main = message::table(&message) == u32::from(Table::Main.number());
+                let is_ours = message.header.protocol == RouteProtocol::Other(PROTOCOL);
+                let mut devices = message::devices(&message);
+                if is_default && in_main {
+                    let names = devices.iter().filter_map(|index| names.get(index).cloned());
+                    facts.default_route_devices.extend(names);
+                }
+                if !is_ours
+                    && message::destination(&message)
+                        .is_some_and(|destination| pods.iter().any(|range| range.covers(destination)))
+                {
+                    devices.retain(|index| !not_pods.contains(index));
+                    let names = devices.iter().filter_map(|index| names.get(index).cloned());
+                    facts.pod_route_devices.extend(names);
                 }
             }
         }
         Ok(facts)
+    }
+
+    /// Asks what the kernel would do with packets of this node's own to each of `destinations`, as [`Kernel::lookup`] does for one.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn lookup_all(
+        &mut self,
+        destinations: &BTreeSet<IpAddr>,
+        mark: Option<Mark>,
+    ) -> Result<BTreeMap<IpAddr, Hop>, Error> {
+        let questions: Vec<_> = destinations
+            .iter()
+            .map(|destination| question(*destination, None, None, mark))
+            .collect();
+        let operations: Vec<String> = questions.iter().map(|(operation, _)| operation.clone()).collect();
+        let answers = self.connection.ask_all(questions);
+        let answered = destinations.iter().zip(operations).zip(answers);
+        answered
+            .map(|((destination, operation), answers)| Ok((*destination, self.understood(operation, answers)?)))
+            .collect()
     }
 
     /// Asks what the kernel would do with a packet to `destination`.
@@ -281,40 +320,6 @@ impl Kernel {
             return Ok(nowhere(HopKind::Refused));
         };
         self.ask(destination, Some(source), Some(index), mark)
-    }
-
-    /// The devices behind which the kernel sees a part of `prefixes`: where this node's pods are. `except` are left out, and so is
-    /// what is ours.
-    ///
-    /// # Errors
-    /// What the kernel answers.
-    pub fn devices_for(
-        &mut self,
-        prefixes: &BTreeSet<Prefix>,
-        except: &BTreeSet<String>,
-    ) -> Result<BTreeSet<String>, Error> {
-        let mut indices = BTreeSet::new();
-        for family in [Family::V4, Family::V6] {
-            for message in self.all_tables(family)? {
-                let ours = message.header.protocol == RouteProtocol::Other(PROTOCOL);
-                let covered = message::destination(&message)
-                    .is_some_and(|destination| prefixes.iter().any(|prefix| prefix.covers(destination)));
-                if message.header.kind == RouteType::Unicast && !ours && covered {
-                    indices.extend(message::devices(&message));
-                }
-            }
-        }
-        let mut devices = BTreeSet::new();
-        for link in self.links()? {
-            let Some(name) = name(&link).filter(|name| !except.contains(name)) else {
-                continue;
-            };
-            let pods = !is_ours(kind(&link).as_deref()) && !link.header.flags.contains(LinkFlags::Loopback);
-            if indices.contains(&link.header.index) && pods {
-                devices.insert(name);
-            }
-        }
-        Ok(devices)
     }
 }
 
@@ -601,20 +606,25 @@ impl Kernel {
         input: Option<u32>,
         mark: Option<Mark>,
     ) -> Result<Hop, Error> {
-        let operation = format!("look up the route to {destination}");
-        let mut message = RouteMessage::default();
-        message.header.address_family = message::family(Family::of(destination));
-        message.header.destination_prefix_length = Prefix::host(destination).length();
-        message.attributes.push(RouteAttribute::Destination(destination.into()));
-        if let Some(source) = source {
-            message.header.source_prefix_length = Prefix::host(source).length();
-            message.attributes.push(RouteAttribute::Source(source.into()));
+        let (operation, question) = question(destination, source, input, mark);
+        let answers = self.connection.ask(&operation, question);
+        match self.understood(operation, answers) {
+            // A blackhole says the same as a source that cannot be; without a source it can only be the blackhole.
+            Ok(hop) if hop.kind == HopKind::Blackhole && source.is_some() => {
+                let hop = self.ask(destination, None, None, mark)?;
+                Ok(if hop.kind == HopKind::Blackhole {
+                    hop
+                } else {
+                    nowhere(HopKind::Refused)
+                })
+            }
+            understood => understood,
         }
-        message.attributes.extend(input.map(RouteAttribute::Iif));
-        message
-            .attributes
-            .extend(mark.map(|mark| RouteAttribute::Mark(mark.value())));
-        let answers = match self.connection.ask(&operation, RouteNetlinkMessage::GetRoute(message)) {
+    }
+
+    /// What the answer to a [`question`] means.
+    fn understood(&self, operation: String, answers: Result<Vec<RouteNetlinkMessage>, Error>) -> Result<Hop, Error> {
+        let answers = match answers {
             Ok(answers) => answers,
             Err(error) => {
                 return match error.code().map(Errno::from_raw_os_error) {
@@ -623,16 +633,7 @@ impl Kernel {
                     Some(Errno::HOSTUNREACH) => Ok(nowhere(HopKind::Unreachable)),
                     Some(Errno::ACCESS) => Ok(nowhere(HopKind::Prohibit)),
                     Some(Errno::XDEV) => Ok(nowhere(HopKind::Refused)),
-                    // A blackhole says the same as a source that cannot be; without a source it can only be the blackhole.
-                    Some(Errno::INVAL) if source.is_none() => Ok(nowhere(HopKind::Blackhole)),
-                    Some(Errno::INVAL) => {
-                        let hop = self.ask(destination, None, None, mark)?;
-                        Ok(if hop.kind == HopKind::Blackhole {
-                            hop
-                        } else {
-                            nowhere(HopKind::Refused)
-                        })
-                    }
+                    Some(Errno::INVAL) => Ok(nowhere(HopKind::Blackhole)),
                     _ => Err(error),
                 };
             }
@@ -676,6 +677,29 @@ impl Kernel {
             Err(error) => Err(error),
         }
     }
+}
+
+/// The question what becomes of a packet, and what it is called in errors.
+fn question(
+    destination: IpAddr,
+    source: Option<IpAddr>,
+    input: Option<u32>,
+    mark: Option<Mark>,
+) -> (String, RouteNetlinkMessage) {
+    let operation = format!("look up the route to {destination}");
+    let mut message = RouteMessage::default();
+    message.header.address_family = message::family(Family::of(destination));
+    message.header.destination_prefix_length = Prefix::host(destination).length();
+    message.attributes.push(RouteAttribute::Destination(destination.into()));
+    if let Some(source) = source {
+        message.header.source_prefix_length = Prefix::host(source).length();
+        message.attributes.push(RouteAttribute::Source(source.into()));
+    }
+    message.attributes.extend(input.map(RouteAttribute::Iif));
+    message
+        .attributes
+        .extend(mark.map(|mark| RouteAttribute::Mark(mark.value())));
+    (operation, RouteNetlinkMessage::GetRoute(message))
 }
 
 fn nowhere(kind: HopKind) -> Hop {

@@ -656,10 +656,13 @@ fn facts_are_what_iproute2_shows() {
     let netns = Netns::enter();
     let mut kernel = Kernel::open().unwrap();
     netns.ip("link set eth0 mtu 1400");
-    assert_eq!(kernel.facts().unwrap().default_route_devices, BTreeSet::new());
+    assert_eq!(
+        kernel.facts(&BTreeSet::new()).unwrap().default_route_devices,
+        BTreeSet::new()
+    );
     netns.ip("route add default via fd18::ff dev eth0");
 
-    let facts = kernel.facts().unwrap();
+    let facts = kernel.facts(&BTreeSet::new()).unwrap();
 
     assert_eq!(facts.default_route_devices, BTreeSet::from(["eth0".to_owned()]));
     let shown: BTreeMap<String, (u64, u64, bool)> = netns
@@ -736,10 +739,52 @@ fn pod_devices_are_those_to_which_pod_ranges_are_routed() {
 
     let ours = BTreeSet::from([prefix("10.244.1.0/24"), prefix("fd00:10:244:1::/64")]);
 
-    let devices = kernel.devices_for(&ours, &BTreeSet::new()).unwrap();
-    assert_eq!(devices, ["cni0", "pod1", "pod2"].map(str::to_owned).into());
-    let devices = kernel.devices_for(&ours, &BTreeSet::from(["cni0".to_owned()])).unwrap();
-    assert_eq!(devices, ["pod1", "pod2"].map(str::to_owned).into());
+    let facts = kernel.facts(&ours).unwrap();
+    assert_eq!(
+        facts.pod_route_devices,
+        ["cni0", "pod1", "pod2"].map(str::to_owned).into()
+    );
+    assert_eq!(facts.default_route_devices, ["eth0".to_owned()].into());
+    assert_eq!(
+        kernel.facts(&BTreeSet::new()).unwrap().pod_route_devices,
+        BTreeSet::new()
+    );
+}
+
+#[test]
+fn many_lookups_at_once_say_the_same_as_one_by_one() {
+    let netns = Netns::enter();
+    let mut kernel = Kernel::open().unwrap();
+    converge(&mut kernel, &node());
+    for command in [
+        "route add blackhole 10.7.0.0/16",
+        "route add prohibit 10.8.0.0/16",
+        "route add unreachable 10.9.0.0/16",
+    ] {
+        netns.ip(command);
+    }
+    // More than are asked at once, each kind in between the others.
+    let destinations: BTreeSet<IpAddr> = (0..=255)
+        .flat_map(|last| {
+            [
+                [10, 7, 0, last],
+                [10, 8, 0, last],
+                [10, 9, 0, last],
+                [172, 18, 0, last],
+                [198, 51, 100, last],
+            ]
+        })
+        .map(IpAddr::from)
+        .collect();
+
+    let all = kernel.lookup_all(&destinations, None).unwrap();
+
+    let each = destinations
+        .iter()
+        .map(|destination| (*destination, kernel.lookup(*destination, None, None).unwrap()));
+    assert_eq!(all, each.collect());
+    let kinds: BTreeSet<HopKind> = all.values().map(|hop| hop.kind).collect();
+    assert!(kinds.len() >= 5, "{kinds:?}");
 }
 
 #[test]

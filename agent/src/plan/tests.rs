@@ -573,6 +573,7 @@ directory: { file: { path: /nodes } }
                 facts: Facts {
                     links: BTreeMap::from([("eth0".to_owned(), eth0)]),
                     default_route_devices: ["eth0".to_owned()].into(),
+                    pod_route_devices: BTreeSet::new(),
                 },
                 hops: BTreeMap::new(),
                 pod_devices: BTreeSet::new(),

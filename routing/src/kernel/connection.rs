@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::Handle;
@@ -14,6 +14,9 @@ use crate::Error;
 
 /// How often a listing is repeated when the tables change under it.
 const ATTEMPTS: u32 = 8;
+/// How many questions may be open: their answers, of 1 KiB each with the kernel's own part, have to fit into a socket's buffer of 208 KiB
+/// (`net.core.rmem_default`), or else some are lost.
+const AT_ONCE: usize = 64;
 
 /// Requests and answers, one at a time, in the network namespace in which it was opened.
 pub(super) struct Connection {
@@ -91,49 +94,97 @@ impl Connection {
         request: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<(Vec<RouteNetlinkMessage>, Listing), Error> {
-        let mut message = NetlinkMessage::from(request);
-        message.header.flags = NLM_F_REQUEST | flags;
-        let closed = || Error::Closed {
-            operation: operation.to_owned(),
-        };
         let Self { runtime, handle, .. } = self;
+        runtime.block_on(answers(operation, send(handle, operation, request, flags)?, flags))
+    }
+
+    /// Asks about several objects. The kernel answers while we still ask, so nobody waits for each answer by itself.
+    pub(super) fn ask_all(
+        &mut self,
+        questions: Vec<(String, RouteNetlinkMessage)>,
+    ) -> Vec<Result<Vec<RouteNetlinkMessage>, Error>> {
+        let Self { runtime, handle, .. } = self;
+        let mut results = Vec::with_capacity(questions.len());
         runtime.block_on(async {
-            let mut stream = handle.request(message).map_err(|_| closed())?;
-            let mut answers = Vec::new();
-            let mut listing = Listing::Whole;
-            // An acknowledgement or a "done" is the last word, or the answer itself where neither was asked for. Without it the connection
-            // ended: what we asked for may have happened or not, and a listing lacks its rest.
-            let acknowledged = flags & (NLM_F_ACK | NLM_F_DUMP) != 0;
-            let mut complete = false;
-            while let Some(message) = stream.next().await {
-                if message.header.flags & NLM_F_DUMP_INTR != 0 {
-                    listing = Listing::Interrupted;
-                }
-                match message.payload {
-                    NetlinkPayload::InnerMessage(answer) => {
-                        answers.push(answer);
-                        complete |= !acknowledged;
-                    }
-                    NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(Error::request(operation, error.to_io()));
-                    }
-                    NetlinkPayload::Done(done) if done.code != 0 => {
-                        return Err(Error::request(operation, io::Error::from_raw_os_error(done.code.abs())));
-                    }
-                    NetlinkPayload::Overrun(_) => {
-                        listing = Listing::Interrupted;
-                        complete = true;
-                    }
-                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
-                    _ => {}
+            let mut questions = questions.into_iter().peekable();
+            while questions.peek().is_some() {
+                let some = questions.by_ref().take(AT_ONCE);
+                let asked: Vec<_> = some
+                    .map(|(operation, request)| {
+                        let stream = send(handle, &operation, request, 0);
+                        (operation, stream)
+                    })
+                    .collect();
+                for (operation, stream) in asked {
+                    let answered = match stream {
+                        Ok(stream) => answers(&operation, stream, 0).await,
+                        Err(error) => Err(error),
+                    };
+                    results.push(answered.map(|(answers, _)| answers));
                 }
             }
-            if complete {
-                Ok((answers, listing))
-            } else {
-                Err(closed())
+        });
+        results
+    }
+}
+
+/// Sends a request; the answers come by the stream. `flags` beside `NLM_F_REQUEST`.
+fn send(
+    handle: &mut Handle,
+    operation: &str,
+    request: RouteNetlinkMessage,
+    flags: u16,
+) -> Result<impl Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + use<>, Error> {
+    let mut message = NetlinkMessage::from(request);
+    message.header.flags = NLM_F_REQUEST | flags;
+    handle.request(message).map_err(|_| closed(operation))
+}
+
+/// All that is answered to one request.
+async fn answers(
+    operation: &str,
+    mut stream: impl Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Unpin,
+    flags: u16,
+) -> Result<(Vec<RouteNetlinkMessage>, Listing), Error> {
+    let mut answers = Vec::new();
+    let mut listing = Listing::Whole;
+    // An acknowledgement or a "done" is the last word, or the answer itself where neither was asked for. Without it the connection
+    // ended: what we asked for may have happened or not, and a listing lacks its rest.
+    let acknowledged = flags & (NLM_F_ACK | NLM_F_DUMP) != 0;
+    let mut complete = false;
+    while let Some(message) = stream.next().await {
+        if message.header.flags & NLM_F_DUMP_INTR != 0 {
+            listing = Listing::Interrupted;
+        }
+        match message.payload {
+            NetlinkPayload::InnerMessage(answer) => {
+                answers.push(answer);
+                complete |= !acknowledged;
             }
-        })
+            NetlinkPayload::Error(error) if error.code.is_some() => {
+                return Err(Error::request(operation, error.to_io()));
+            }
+            NetlinkPayload::Done(done) if done.code != 0 => {
+                return Err(Error::request(operation, io::Error::from_raw_os_error(done.code.abs())));
+            }
+            NetlinkPayload::Overrun(_) => {
+                listing = Listing::Interrupted;
+                complete = true;
+            }
+            NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => complete = true,
+            _ => {}
+        }
+    }
+    if complete {
+        Ok((answers, listing))
+    } else {
+        Err(closed(operation))
+    }
+}
+
+fn closed(operation: &str) -> Error {
+    Error::Closed {
+        operation: operation.to_owned(),
     }
 }
 

@@ -60,7 +60,7 @@ pub struct Options {
     pub deny_list: String,
     /// Whether pods may opt out of encryption, so that their labels are followed.
     pub opt_out: bool,
-    /// How long a watch may say nothing before it is opened anew.
+    /// How long a watch may say nothing, from the request on, before it is opened anew.
     pub watch_idle: Duration,
     /// Whether an earlier run's directory bridges the time until the first list, so that there is no hurry.
     pub bridged: bool,

@@ -184,12 +184,18 @@ impl Api {
             read.map(|read| read.to_bytes().to_vec())
                 .map_err(|error| Failure::new(FailureKind::Unreachable, attempt, chain(error.as_ref())))
         };
-        self.forgetting(in_time(attempt, whole).await).await
+        self.forgetting(in_time(ANSWER, attempt, whole).await).await
     }
 
-    /// Asks and returns as soon as the server has said that it will answer.
-    pub(super) async fn open(&self, attempt: &str, request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
-        self.forgetting(in_time(attempt, self.answer(attempt, request)).await)
+    /// Asks and returns as soon as the server has said that it will answer, for which it has no longer than `patience`.
+    pub(super) async fn open(
+        &self,
+        attempt: &str,
+        request: http::Request<Vec<u8>>,
+        patience: Duration,
+    ) -> Result<Body, Failure> {
+        let answer = self.answer(attempt, request);
+        self.forgetting(in_time(patience.min(ANSWER), attempt, answer).await)
             .await
     }
 
@@ -325,12 +331,16 @@ async fn connect(kubeconfig: Option<&Path>) -> Result<Connected, Failure> {
     })
 }
 
-async fn in_time<T>(attempt: &str, answer: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    tokio::time::timeout(ANSWER, answer).await.unwrap_or_else(|_| {
+async fn in_time<T>(
+    patience: Duration,
+    attempt: &str,
+    answer: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| {
         Err(Failure::new(
             FailureKind::Silent,
             attempt,
-            format_args!("no answer within {} s", ANSWER.as_secs()),
+            format_args!("no answer within {} s", patience.as_secs_f64()),
         ))
     })
 }

@@ -43,7 +43,7 @@ pub(super) struct Collection {
     pub(super) fields: Option<String>,
     /// Restricts it by labels, such as `app=a`.
     pub(super) labels: Option<String>,
-    /// How long a watch may say nothing, not even a bookmark (they come every minute), before it is opened anew.
+    /// How long a watch may say nothing, from the request on and not even a bookmark (they come every minute), before it is opened anew.
     pub(super) idle: Duration,
 }
 
@@ -192,7 +192,7 @@ async fn watch<T: Object>(
     };
     let request = Request::new(&collection.path).watch(&params, version);
     let request = request.map_err(|error| malformed(error.to_string()))?;
-    let mut lines = Lines::new(api.open(&attempt, request).await?);
+    let mut lines = Lines::new(api.open(&attempt, request, collection.idle).await?);
     tell(Update::Watches).await;
     loop {
         let line = match tokio::time::timeout(collection.idle, lines.next()).await {

@@ -20,6 +20,8 @@ mod object;
 mod opt_out;
 mod pace;
 mod publish;
+#[cfg(test)]
+mod transcripts;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;

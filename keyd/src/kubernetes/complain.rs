@@ -28,7 +28,7 @@ const LONGEST_NOTE: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Complaint {
     /// The sentences.
-    note: String,
+    pub(super) note: String,
 }
 
 /// The refused nodes that `own` is to report. A node that has merely announced nothing is only late.

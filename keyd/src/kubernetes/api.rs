@@ -72,6 +72,8 @@ pub enum FailureKind {
     Expired,
     /// 422: understood, and not accepted.
     Invalid,
+    /// 400, 405, 406, 413 and 415: not understood, and never will be.
+    BadRequest,
     /// 429: too many requests, or a server that stops.
     Busy,
     /// 5xx, or any other status that is none of the above.
@@ -93,6 +95,7 @@ impl FailureKind {
             Self::Conflict => "conflict",
             Self::Expired => "expired",
             Self::Invalid => "invalid",
+            Self::BadRequest => "bad-request",
             Self::Busy => "busy",
             Self::Server => "server",
             Self::Malformed => "malformed",
@@ -101,6 +104,7 @@ impl FailureKind {
 
     fn of(status: u16) -> Self {
         match status {
+            400 | 405 | 406 | 413 | 415 => Self::BadRequest,
             401 => Self::Unauthorized,
             403 => Self::Forbidden,
             404 => Self::NotFound,
@@ -124,6 +128,7 @@ impl FailureKind {
             | Self::Conflict
             | Self::Expired
             | Self::Invalid
+            | Self::BadRequest
             | Self::Busy
             | Self::Server
             | Self::Malformed => "",
@@ -243,6 +248,7 @@ impl Api {
                 | FailureKind::Conflict
                 | FailureKind::Expired
                 | FailureKind::Invalid
+                | FailureKind::BadRequest
                 | FailureKind::Busy
                 | FailureKind::Server
                 | FailureKind::Malformed => {}

@@ -116,6 +116,7 @@ fn is_passing(kind: FailureKind) -> bool {
         | FailureKind::Conflict
         | FailureKind::Expired
         | FailureKind::Invalid
+        | FailureKind::BadRequest
         | FailureKind::Malformed => false,
     }
 }

@@ -49,4 +49,5 @@ fuzz:
 	@scripts/fuzz.sh "$(TARGET)" "$(SECONDS)"
 
 ebpf:
+	@scripts/setup.sh build
 	@ebpf/build.sh

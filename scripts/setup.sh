@@ -7,11 +7,12 @@
 #   scripts/setup.sh test      all of the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, cargo-deny)
 #   scripts/setup.sh vm        the above, and an emulator with small tools for its guests (qemu, busybox)
 #   scripts/setup.sh fuzz      compile Shroud, and cargo-fuzz (scripts/fuzz.sh finds the nightly Rust it needs)
-#   scripts/setup.sh ebpf      what rebuilds the gate's BPF object (pinned nightly Rust, LLVM, bpf-linker)
+#
+# What rebuilds the gate's BPF object, ebpf/build.sh installs itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-goal=${1:?usage: scripts/setup.sh build|demo|deploy|test|vm|fuzz|ebpf}
+goal=${1:?usage: scripts/setup.sh build|demo|deploy|test|vm|fuzz}
 tools=${SHROUD_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/shroud/tools}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -107,6 +108,5 @@ case $goal in
         build
         cargo_tool cargo-fuzz 0.13.2
         ;;
-    ebpf) ebpf/build.sh --setup ;;
     *) die "unknown goal $goal" ;;
 esac

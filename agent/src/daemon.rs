@@ -75,14 +75,15 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
         http,
         pulse: pulse_sender,
     };
-    let reconciler = Reconciler::open(config, key, wiring)?;
 
     let (ended_sender, ended) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new()
         .name("reconcile".to_owned())
         .spawn(move || {
             let _ended = ended_sender;
-            reconciler.run(&woken);
+            // Some handles on the kernel own a runtime, which may not end inside another: they are opened and closed here.
+            Reconciler::open(config, key, wiring)?.run(&woken);
+            anyhow::Ok(())
         })
         .context("start the reconcile thread")?;
     let (http_ended_sender, http_ended) = oneshot::channel();
@@ -109,7 +110,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
         drop(wakes.send(stop));
     }
     drop(wakes);
-    thread.join().map_err(|_| anyhow!("the reconcile thread panicked"))?;
+    thread.join().map_err(|_| anyhow!("the reconcile thread panicked"))??;
     http_stopped?;
     info!(
         reason = end.as_ref().copied().unwrap_or("a part failed"),

@@ -189,7 +189,7 @@ impl Reconciler {
         let tunnel = Tunnel::new(tunnel_options(&config));
         let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
         let kernel = Kernel::open().context("open routing netlink")?;
-        let prober = Prober::start().context("start to probe paths")?;
+        let prober = Prober::start()?;
         Ok(Self {
             config,
             key,

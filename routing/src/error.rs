@@ -14,7 +14,9 @@ pub enum Error {
     )]
     Open(#[source] io::Error),
     /// No sockets, or no thread, to ask peers how large a packet gets to them.
-    #[error("start to probe paths: {0}; the process needs CAP_NET_RAW in the network namespace's user namespace")]
+    #[error(
+        "start to probe paths: {0}; the process needs CAP_NET_RAW (in Kubernetes NET_RAW among the pod's capabilities, for a service of systemd in CapabilityBoundingSet)"
+    )]
     Probe(#[source] io::Error),
     /// The kernel refused a request.
     #[error("{operation}: {source}{}", hint(source))]

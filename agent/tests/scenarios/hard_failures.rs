@@ -5,7 +5,7 @@ use std::net::{Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use shroud_lab::agent::LISTEN_PORT;
+use shroud_lab::agent::{LISTEN_PORT, config, config_file};
 use shroud_lab::{Agent, AgentOptions, Family, Lab, Netns, Protocol, Status, Topology};
 
 use crate::backend::{kernel_has_wireguard, with};
@@ -154,4 +154,34 @@ fn a_foreign_device_of_our_name_is_said_and_left_alone() -> Result<()> {
 
     netns.ip(&format!("link delete {}", node.device))?;
     is_well(&mesh)
+}
+
+#[test]
+fn an_agent_that_may_not_open_raw_sockets_ends_and_names_the_capability() -> Result<()> {
+    let lab = lab("noraw")?;
+    let node = lab.node("a");
+    let file = config_file(node);
+    let config = config(node, &AgentOptions::new(SHROUD));
+    std::fs::write(&file, config).with_context(|| format!("write {}", file.display()))?;
+    let file = file.to_str().context("the path is text")?;
+
+    let arguments = [
+        "30",
+        "setpriv",
+        "--bounding-set",
+        "-net_raw",
+        SHROUD,
+        "agent",
+        "--config",
+        file,
+    ];
+    let output = node.host.netns.exec("timeout", &arguments)?;
+
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(
+        output.stderr.contains("CAP_NET_RAW") && !output.stderr.contains("panicked"),
+        "{}",
+        output.stderr
+    );
+    Ok(())
 }

@@ -207,5 +207,8 @@ fn every_metric_is_listed_with_its_type_and_labels() {
 fn every_reason_of_a_refusal_is_listed() {
     let listed: BTreeSet<String> = table("Reason | A node is refused because").into_keys().collect();
 
-    assert_eq!(listed, shroud_keyd::Reason::IDS.map(str::to_owned).into());
+    assert_eq!(
+        listed,
+        shroud_keyd::Reason::IDS.iter().copied().map(str::to_owned).collect()
+    );
 }

@@ -32,6 +32,7 @@ use thiserror::Error;
 use self::ranges::Ranges;
 use self::verify::{Claims, first_other};
 use crate::announcement::{Backend, EncryptScope, Mode};
+use crate::words::words;
 use crate::{Announcement, Excerpt, OptOuts, Record, Refusal, Unreadable, Zone};
 
 /// The most nodes a directory keeps, this one not counted.
@@ -210,42 +211,21 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Every word that [`id`](Self::id) gives.
-    pub const IDS: [&str; 14] = [
-        "denied",
-        "no-announcement",
-        "announcement-refused",
-        "replay",
-        "no-endpoint",
-        "own-key",
-        "key-held",
-        "key-contested",
-        "prefix-held",
-        "prefix-contested",
-        "prefix-not-protected",
-        "prefix-too-wide",
-        "too-many-prefixes",
-        "unreadable",
-    ];
-
-    /// The word for this kind of reason in metrics and alerts; it stays when the sentence changes.
-    pub fn id(&self) -> &'static str {
-        match self {
-            Self::NoAnnouncement => "no-announcement",
-            Self::Announcement(_) => "announcement-refused",
-            Self::Replay { .. } => "replay",
-            Self::NoEndpoint(_) => "no-endpoint",
-            Self::OwnKey => "own-key",
-            Self::KeyHeld { .. } => "key-held",
-            Self::KeyContested { .. } => "key-contested",
-            Self::PrefixHeld { .. } => "prefix-held",
-            Self::PrefixContested { .. } => "prefix-contested",
-            Self::PrefixNotProtected(_) => "prefix-not-protected",
-            Self::PrefixTooWide(_) => "prefix-too-wide",
-            Self::TooManyPrefixes(_) => "too-many-prefixes",
-            Self::Unreadable(_) => "unreadable",
-            Self::Denied { .. } => "denied",
-        }
+    words! {
+        Self::Denied { .. } => "denied",
+        Self::NoAnnouncement => "no-announcement",
+        Self::Announcement(_) => "announcement-refused",
+        Self::Replay { .. } => "replay",
+        Self::NoEndpoint(_) => "no-endpoint",
+        Self::OwnKey => "own-key",
+        Self::KeyHeld { .. } => "key-held",
+        Self::KeyContested { .. } => "key-contested",
+        Self::PrefixHeld { .. } => "prefix-held",
+        Self::PrefixContested { .. } => "prefix-contested",
+        Self::PrefixNotProtected(_) => "prefix-not-protected",
+        Self::PrefixTooWide(_) => "prefix-too-wide",
+        Self::TooManyPrefixes(_) => "too-many-prefixes",
+        Self::Unreadable(_) => "unreadable",
     }
 }
 

@@ -27,6 +27,7 @@ pub mod opt_out;
 pub mod record;
 mod refusal;
 mod source;
+mod words;
 
 pub use announcement::Announcement;
 pub use directory::{Directory, Local, Memory, Peer, Problem, Reason, Refused, Snapshot};

@@ -311,7 +311,7 @@ fn each_reason_has_a_word_that_stays() {
     for (reason, word) in &words {
         assert_eq!(reason.id(), *word, "{reason}");
     }
-    assert_eq!(words.map(|(_, word)| word), Reason::IDS);
+    assert_eq!(words.map(|(_, word)| word).as_slice(), Reason::IDS);
 }
 
 #[test]

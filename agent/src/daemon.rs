@@ -21,7 +21,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
-use shroud_keyd::key;
+use shroud_keyd::{Telemetry, key};
 use shroud_routing::Monitor;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -30,7 +30,6 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::directory;
 use crate::http;
-use crate::metrics::SourceCounts;
 use crate::reconcile::{Reconciler, Wake, Wiring, wake};
 use crate::serve::{self, Question};
 
@@ -60,7 +59,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
     let (wakes, woken) = sync_channel(WAKES);
     let (mesh_sender, mesh) = watch::channel(directory::unknown(&config));
     let (presence_sender, presence) = watch::channel(None);
-    let (source_sender, source) = watch::channel(SourceCounts::default());
+    let (source_sender, source) = watch::channel(Telemetry::default());
     let (pulse_sender, pulse) = watch::channel(Instant::now());
     let (http_problem, http) = watch::channel(None);
     let (question_sender, questions) = mpsc::channel(16);

@@ -12,8 +12,8 @@ use std::time::Instant;
 use anyhow::Context as _;
 use shroud_keyd::announcement::Backend;
 use shroud_keyd::directory::{Origin, Own};
-use shroud_keyd::kubernetes::{self, Telemetry, Wanted};
-use shroud_keyd::{Announcement, Directory, Event, Local, Memory, Record, cache, file};
+use shroud_keyd::kubernetes::{self, Wanted};
+use shroud_keyd::{Announcement, Directory, Event, FailureKind, Local, Memory, Record, Telemetry, cache, file};
 use shroud_model::PublicKey;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
@@ -21,7 +21,6 @@ use tracing::{info, warn};
 
 use crate::check::{Check, Problem};
 use crate::config::{self, Config, DirectoryFile, DirectoryKubernetes};
-use crate::metrics::SourceCounts;
 use crate::reconcile::{Mesh, Presence, Wake, wake};
 use crate::status::DirectoryStatus;
 
@@ -40,23 +39,20 @@ pub(crate) struct Keeper {
     saved: Memory,
     next_save: Instant,
     mesh: watch::Sender<Mesh>,
-    /// What the source was asked, for the metrics.
-    counts: watch::Sender<SourceCounts>,
+    /// How the source fares, as it says itself or, of a folder, as is seen here.
+    telemetry: watch::Sender<Telemetry>,
     /// What the source cannot do right now.
     source_problem: Option<String>,
     /// What the disk could not do.
     cache_problem: Option<String>,
     /// Why what this node says of itself is not out.
     publish_problem: Option<String>,
-    /// How a cluster fares as the source.
-    telemetry: Telemetry,
 }
 
 /// A source at work.
 struct Feed {
     events: mpsc::Receiver<Event>,
     publisher: Publisher,
-    telemetry: watch::Receiver<Telemetry>,
     /// The source's own work, where it is to be done here. It never ends.
     work: Pin<Box<dyn Future<Output = ()>>>,
 }
@@ -97,7 +93,7 @@ impl Keeper {
         config: &Config,
         public_key: PublicKey,
         mesh: watch::Sender<Mesh>,
-        counts: watch::Sender<SourceCounts>,
+        telemetry: watch::Sender<Telemetry>,
     ) -> Self {
         let local = Local {
             node: config.node.clone(),
@@ -111,11 +107,10 @@ impl Keeper {
             saved: Memory::default(),
             next_save: Instant::now(),
             mesh,
-            counts,
+            telemetry,
             source_problem: None,
             cache_problem: None,
             publish_problem: None,
-            telemetry: Telemetry::default(),
         };
         match cache::load(&config.state_dir) {
             Ok(Some(memory)) => {
@@ -144,9 +139,9 @@ impl Keeper {
         let Feed {
             mut events,
             publisher,
-            mut telemetry,
             mut work,
         } = self.feed()?;
+        let mut telemetry = self.telemetry.subscribe();
         let mut unsaved = false;
         loop {
             tokio::select! {
@@ -158,10 +153,7 @@ impl Keeper {
                     unsaved = true;
                 }
                 changed = presence.changed() => changed.context("the reconcile thread is gone")?,
-                Ok(()) = telemetry.changed() => {
-                    self.telemetry = telemetry.borrow_and_update().clone();
-                    self.counts.send_replace(SourceCounts::from(&self.telemetry));
-                }
+                Ok(()) = telemetry.changed() => {}
                 () = sleep_until(self.next_save.into()), if unsaved => {}
                 () = &mut work => anyhow::bail!("the directory's source ended by itself"),
             }
@@ -181,7 +173,6 @@ impl Keeper {
 
     /// Opens the configured source.
     fn feed(&self) -> anyhow::Result<Feed> {
-        let (telemetry_sender, telemetry) = watch::channel(Telemetry::default());
         match &self.config.directory {
             config::Directory::File(folder) => {
                 let source = file::Source::new(&folder.path).context("follow the directory's folder")?;
@@ -189,11 +180,7 @@ impl Keeper {
                 Ok(Feed {
                     events,
                     publisher: Publisher::File(folder.clone()),
-                    telemetry,
-                    work: Box::pin(async move {
-                        let _never_used = telemetry_sender;
-                        std::future::pending().await
-                    }),
+                    work: Box::pin(std::future::pending()),
                 })
             }
             config::Directory::Kubernetes(cluster) => {
@@ -207,11 +194,11 @@ impl Keeper {
                 };
                 let (sender, events) = mpsc::channel(EVENTS);
                 let (publisher, wanted) = watch::channel(Wanted::default());
+                let telemetry = self.telemetry.clone();
                 Ok(Feed {
                     events,
                     publisher: Publisher::Kubernetes(publisher),
-                    telemetry,
-                    work: Box::pin(kubernetes::run(options, sender, wanted, telemetry_sender)),
+                    work: Box::pin(kubernetes::run(options, sender, wanted, telemetry)),
                 })
             }
         }
@@ -226,7 +213,7 @@ impl Keeper {
         match event {
             Event::Listed(list) => {
                 if self.follows_a_folder() {
-                    self.counts.send_modify(|counts| counts.lists += 1);
+                    self.telemetry.send_modify(|telemetry| telemetry.lists += 1);
                 }
                 self.source_problem = None;
                 self.directory.reset(list);
@@ -237,8 +224,8 @@ impl Keeper {
             Event::OptedOut(opted_out) => self.directory.opt_out(opted_out),
             Event::Silent(problem) => {
                 if self.follows_a_folder() {
-                    self.counts
-                        .send_modify(|counts| *counts.errors.entry("folder").or_default() += 1);
+                    self.telemetry
+                        .send_modify(|telemetry| telemetry.count(FailureKind::Folder));
                 }
                 if self.source_problem.as_deref() != Some(&problem) {
                     warn!(problem, "the directory's source is silent; what is known stays");
@@ -316,14 +303,15 @@ impl Keeper {
             Some(Origin::Cache) => "cached",
             Some(Origin::Source) => "live",
         };
+        let telemetry = self.telemetry.borrow();
         let own = [
             (Check::DirectorySilent, &self.source_problem),
             (Check::DirectoryNotSaved, &self.cache_problem),
             (Check::DirectoryNotPublished, &self.publish_problem),
-            (Check::DirectoryNotPublished, &self.telemetry.unpublished),
-            (Check::DenyListUnknown, &self.telemetry.no_deny_list),
-            (Check::OptOutsUnknown, &self.telemetry.no_opt_outs),
-            (Check::TokenTooMighty, &self.telemetry.mighty_token),
+            (Check::DirectoryNotPublished, &telemetry.unpublished),
+            (Check::DenyListUnknown, &telemetry.no_deny_list),
+            (Check::OptOutsUnknown, &telemetry.no_opt_outs),
+            (Check::TokenTooMighty, &telemetry.mighty_token),
         ];
         let own = own
             .into_iter()

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
 use shroud_ebpf::Counter;
+use shroud_keyd::Telemetry;
 use shroud_keyd::directory::Refused;
-use shroud_keyd::kubernetes::Telemetry;
 use shroud_keyd::opt_out::OptOutBy;
 use shroud_model::NodeName;
 
@@ -82,33 +82,14 @@ families! {
         "How long peers took to be on the encryption device after their announcement, and to shake hands after that.";
 }
 
-/// What is asked of the directory's source, and what goes wrong; counted by whoever follows it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct SourceCounts {
-    pub(crate) lists: u64,
-    pub(crate) watches: u64,
-    /// By kind, in kebab-case.
-    pub(crate) errors: BTreeMap<&'static str, u64>,
-}
-
-impl From<&Telemetry> for SourceCounts {
-    fn from(telemetry: &Telemetry) -> Self {
-        let failures = telemetry.failures.iter();
-        Self {
-            lists: telemetry.lists,
-            watches: telemetry.watches,
-            errors: failures.map(|(kind, count)| (kind.id(), *count)).collect(),
-        }
-    }
-}
-
 /// All that is told at one moment.
 pub(crate) struct Sample<'a> {
     pub(crate) now: SystemTime,
     /// Since when there is this node's key.
     pub(crate) key_since: SystemTime,
     pub(crate) directory: &'a DirectoryStatus,
-    pub(crate) source: &'a SourceCounts,
+    /// How the directory's source fares.
+    pub(crate) source: &'a Telemetry,
     pub(crate) refused: &'a BTreeMap<NodeName, Refused>,
     pub(crate) tally: &'a Tally,
     pub(crate) convergence: &'a Convergence,
@@ -281,8 +262,8 @@ fn write_directory(text: &mut Text, sample: &Sample<'_>) {
     text.family(&DIRECTORY_LISTS).add(&[], sample.source.lists);
     text.family(&DIRECTORY_WATCHES).add(&[], sample.source.watches);
     let mut errors = text.family(&DIRECTORY_ERRORS);
-    for (kind, count) in &sample.source.errors {
-        errors.add(&[kind], *count);
+    for (kind, count) in &sample.source.failures {
+        errors.add(&[kind.id()], *count);
     }
 }
 

@@ -19,7 +19,7 @@ use anyhow::{Context as _, anyhow};
 use shroud_ebpf::{Gate, Hook, Table};
 use shroud_keyd::announcement::Mode;
 use shroud_keyd::directory::{Origin, Own};
-use shroud_keyd::{NodeKey, Snapshot};
+use shroud_keyd::{NodeKey, Snapshot, Telemetry};
 use shroud_model::{OverlayFormat, Prefix};
 use shroud_overlay::Overlay;
 use shroud_routing::path_mtu::Prober;
@@ -33,7 +33,6 @@ use crate::cni;
 use crate::config::{Config, EncryptionBackend, GateAttach};
 use crate::convergence::Convergence;
 use crate::explain::attached_at;
-use crate::metrics::SourceCounts;
 use crate::plan::{Plan, Surroundings, View, addresses_of_interest, plan, uplinks};
 use crate::rates::{Rates, direction};
 use crate::serve::Request;
@@ -83,8 +82,8 @@ pub(crate) struct Presence {
 pub(crate) struct Wiring {
     /// Who is in the mesh.
     pub(crate) mesh: watch::Receiver<Mesh>,
-    /// What the directory's source was asked, for the metrics.
-    pub(crate) source: watch::Receiver<SourceCounts>,
+    /// How the directory's source fares, for the metrics.
+    pub(crate) source: watch::Receiver<Telemetry>,
     /// For whoever publishes the announcement.
     pub(crate) presence: watch::Sender<Option<Presence>>,
     /// Why nobody answers probes.

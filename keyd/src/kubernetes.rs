@@ -33,7 +33,6 @@ use shroud_model::NodeName;
 use tokio::sync::{mpsc, watch};
 
 use self::access::{ForeignNode, check};
-pub use self::api::FailureKind;
 use self::api::{Api, Failure};
 use self::complain::complain;
 pub use self::complain::{Complaint, complaints};
@@ -43,7 +42,7 @@ use self::opt_out::follow_opt_outs;
 use self::pace::Pace;
 pub use self::publish::FIELD_MANAGER;
 use self::publish::{OwnNode, publish};
-use crate::source::Event;
+use crate::source::{Event, Telemetry};
 use crate::{Excerpt, Record, Unreadable};
 
 /// How many failures in a row make a silence: the first few are part of a server's life.
@@ -79,25 +78,6 @@ pub struct Wanted {
     pub complaints: BTreeMap<NodeName, Complaint>,
 }
 
-/// How the source fares, for status and metrics.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Telemetry {
-    /// Complete lists that were asked for.
-    pub lists: u64,
-    /// Watches that were opened.
-    pub watches: u64,
-    /// Requests that failed, by kind.
-    pub failures: BTreeMap<FailureKind, u64>,
-    /// Why this node's announcement is not out.
-    pub unpublished: Option<String>,
-    /// Why the deny list is not known.
-    pub no_deny_list: Option<String>,
-    /// Why it is not known which pods have opted out.
-    pub no_opt_outs: Option<String>,
-    /// That our token may do more than it should, and what helps.
-    pub mighty_token: Option<String>,
-}
-
 /// Follows an API server, and tells it what is `wanted`, for as long as somebody receives `events`.
 pub async fn run(
     options: Options,
@@ -114,7 +94,7 @@ pub async fn run(
         Duration::ZERO
     };
     let pace = Pace::new(Instant::now() + patience);
-    let failed = |failure: &Failure| telemetry.send_modify(|telemetry| telemetry.count(failure));
+    let failed = |failure: &Failure| telemetry.send_modify(|telemetry| telemetry.count(failure.kind));
     let published = |result: Result<(), Failure>| {
         result.as_ref().err().iter().for_each(|failure| failed(failure));
         telemetry.send_modify(|telemetry| telemetry.unpublished = result.err().map(|failure| failure.says));
@@ -144,12 +124,6 @@ pub fn read_node(json: &str) -> Result<Record, Unreadable> {
         reason: format!("it is no JSON: {}", Excerpt::of(&error.to_string())),
     })?;
     Node::read(object).record
-}
-
-impl Telemetry {
-    fn count(&mut self, failure: &Failure) {
-        *self.failures.entry(failure.kind).or_default() += 1;
-    }
 }
 
 async fn follow_nodes(
@@ -201,7 +175,7 @@ async fn follow_nodes(
                 silence.ends().then_some(Event::Answers)
             }
             Update::Failed(failure) => {
-                telemetry.send_modify(|telemetry| telemetry.count(&failure));
+                telemetry.send_modify(|telemetry| telemetry.count(failure.kind));
                 silence.goes_on(&failure).map(Event::Silent)
             }
         };
@@ -223,7 +197,7 @@ async fn follow_deny_list(
             Err(failure) => {
                 pace.failed(Instant::now(), None, chance());
                 telemetry.send_modify(|telemetry| {
-                    telemetry.count(&failure);
+                    telemetry.count(failure.kind);
                     telemetry.no_deny_list = Some(failure.says);
                 });
                 tokio::time::sleep_until(pace.next().into()).await;
@@ -260,7 +234,7 @@ async fn follow_deny_list(
             }
             Update::Failed(failure) => {
                 telemetry.send_modify(|telemetry| {
-                    telemetry.count(&failure);
+                    telemetry.count(failure.kind);
                     if let Some(says) = silence.goes_on(&failure) {
                         telemetry.no_deny_list = Some(says);
                     }
@@ -325,6 +299,7 @@ impl Silence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::FailureKind;
 
     #[test]
     fn a_deny_list_is_lines_with_remarks() {

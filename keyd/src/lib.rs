@@ -36,7 +36,7 @@ pub use key::NodeKey;
 pub use opt_out::{OptOut, OptOuts};
 pub use record::{Record, Unreadable, Zone};
 pub use refusal::{Excerpt, Refusal};
-pub use source::Event;
+pub use source::{Event, FailureKind, Telemetry};
 
 /// The annotation on a Node object that holds the node's announcement.
 pub const ANNOTATION: &str = "shroud.dev/node";

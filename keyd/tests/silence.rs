@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use shroud_apiserver::{ApiServer, Effect, Fault, Identity, Requests, Verb};
-use shroud_keyd::Event;
-use shroud_keyd::kubernetes::{FailureKind, Options, Telemetry, Wanted, run};
+use shroud_keyd::kubernetes::{Options, Wanted, run};
+use shroud_keyd::{Event, FailureKind, Telemetry};
 use tokio::sync::{mpsc, watch};
 
 /// How long a watch may say nothing.

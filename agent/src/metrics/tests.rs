@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use shroud_ebpf::{Direction, Reason};
-use shroud_keyd::directory;
+use shroud_keyd::{FailureKind, directory};
 use shroud_model::{Family as IpFamily, NodeId, PublicKey};
 
 use super::*;
@@ -19,7 +19,7 @@ struct World {
     handshakes: BTreeMap<NodeName, u64>,
     uplinks: BTreeSet<String>,
     counters: Vec<Counter>,
-    source: SourceCounts,
+    source: Telemetry,
     refused: BTreeMap<NodeName, Refused>,
     tally: Tally,
     convergence: Convergence,
@@ -32,7 +32,7 @@ impl World {
             handshakes: BTreeMap::new(),
             uplinks: ["eth0".to_owned()].into(),
             counters: Vec::new(),
-            source: SourceCounts::default(),
+            source: Telemetry::default(),
             refused: BTreeMap::new(),
             tally: Tally::new(),
             convergence: Convergence::new(),
@@ -130,10 +130,10 @@ fn lively() -> World {
             ..counter("c", Reason::Malformed, 1)
         },
     ];
-    world.source = SourceCounts {
+    world.source = Telemetry {
         lists: 4,
-        watches: 0,
-        errors: [("list", 1)].into(),
+        failures: [(FailureKind::Folder, 1)].into(),
+        ..Telemetry::default()
     };
     let refused = Refused {
         reasons: vec![
@@ -337,13 +337,11 @@ proptest! {
     #[test]
     fn whatever_the_names_and_numbers_the_text_can_be_read(
         (source, device) in (any::<String>(), any::<String>()),
-        kind in prop::sample::select(vec!["list", "watch \"x\"\n", "\\"]),
         counts in prop::collection::vec((0..4u8, 0..16usize, any::<bool>(), any::<u32>()), 0..20),
         (rtt, age, rx) in (prop::option::of(0.0..1e9f64), any::<u32>(), any::<u64>()),
         took in prop::collection::vec(any::<u32>(), 0..20),
     ) {
         let mut world = lively();
-        world.source.errors.insert(kind, 1);
         world.uplinks.insert(device);
         world.handshakes.insert(name("b"), age.into());
         world.counters = counts

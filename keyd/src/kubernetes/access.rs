@@ -12,12 +12,13 @@ use serde_json::json;
 use shroud_model::NodeName;
 use tokio::sync::watch;
 
-use super::api::{Api, Failure, FailureKind, apply, post};
+use super::api::{Api, Failure, apply, post};
 use super::follow::chance;
 use super::news;
 use super::object::Node;
 use super::pace::Pace;
 use super::publish::{FIELD_MANAGER, announced};
+use crate::FailureKind;
 
 /// How often is asked; a policy can be taken away.
 const EVERY: Duration = Duration::from_secs(3600);

@@ -15,6 +15,7 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 use tower::ServiceBuilder;
 
+use crate::FailureKind;
 use crate::refusal::Excerpt;
 
 /// How long a connection may take to be made, its TLS handshake not counted.
@@ -51,57 +52,7 @@ pub(super) struct Failure {
     pub(super) says: String,
 }
 
-/// The kinds of failure that are told apart, by what has to be done about them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FailureKind {
-    /// The credentials could not be read.
-    Credentials,
-    /// No connection, or it broke off.
-    Unreachable,
-    /// No answer in time.
-    Silent,
-    /// 401: the token is not, or no longer, valid.
-    Unauthorized,
-    /// 403: known, and not allowed.
-    Forbidden,
-    /// 404.
-    NotFound,
-    /// 409: somebody else was there.
-    Conflict,
-    /// 410: what was asked for is too old.
-    Expired,
-    /// 422: understood, and not accepted.
-    Invalid,
-    /// 400, 405, 406, 413 and 415: not understood, and never will be.
-    BadRequest,
-    /// 429: too many requests, or a server that stops.
-    Busy,
-    /// 5xx, or any other status that is none of the above.
-    Server,
-    /// An answer that makes no sense.
-    Malformed,
-}
-
 impl FailureKind {
-    /// A word for it that stays, for metrics.
-    pub fn id(self) -> &'static str {
-        match self {
-            Self::Credentials => "credentials",
-            Self::Unreachable => "unreachable",
-            Self::Silent => "silent",
-            Self::Unauthorized => "unauthorized",
-            Self::Forbidden => "forbidden",
-            Self::NotFound => "not-found",
-            Self::Conflict => "conflict",
-            Self::Expired => "expired",
-            Self::Invalid => "invalid",
-            Self::BadRequest => "bad-request",
-            Self::Busy => "busy",
-            Self::Server => "server",
-            Self::Malformed => "malformed",
-        }
-    }
-
     fn of(status: u16) -> Self {
         match status {
             400 | 405 | 406 | 413 | 415 => Self::BadRequest,
@@ -121,7 +72,8 @@ impl FailureKind {
         match self {
             Self::Unauthorized => "; is the token of this cluster, and not expired?",
             Self::Forbidden => "; give the agent's ServiceAccount the rights that deploy/ lists",
-            Self::Credentials
+            Self::Folder
+            | Self::Credentials
             | Self::Unreachable
             | Self::Silent
             | Self::NotFound
@@ -244,7 +196,8 @@ impl Api {
                 | FailureKind::Silent
                 | FailureKind::Unauthorized
                 | FailureKind::Forbidden => *self.connected.lock().await = None,
-                FailureKind::NotFound
+                FailureKind::Folder
+                | FailureKind::NotFound
                 | FailureKind::Conflict
                 | FailureKind::Expired
                 | FailureKind::Invalid

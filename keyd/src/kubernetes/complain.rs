@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 use shroud_model::NodeName;
 use tokio::sync::watch;
 
-use super::api::{Api, Failure, FailureKind, post};
+use super::api::{Api, Failure, post};
 use super::follow::chance;
 use super::pace::Pace;
 use super::publish::FIELD_MANAGER;
 use super::{Wanted, news};
-use crate::{Reason, Snapshot};
+use crate::{FailureKind, Reason, Snapshot};
 
 /// How many nodes report each refused one.
 const REPORTERS: usize = 3;
@@ -105,7 +105,8 @@ pub(super) async fn complain(
 /// Whether the same request may succeed a while later.
 fn is_passing(kind: FailureKind) -> bool {
     match kind {
-        FailureKind::Credentials
+        FailureKind::Folder
+        | FailureKind::Credentials
         | FailureKind::Unreachable
         | FailureKind::Silent
         | FailureKind::Unauthorized

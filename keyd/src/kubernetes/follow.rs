@@ -18,9 +18,10 @@ use kube::client::Body;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::api::{Api, Failure, FailureKind, Status, chain};
+use super::api::{Api, Failure, Status, chain};
 use super::object::{Object, metadata};
 use super::pace::Pace;
+use crate::FailureKind;
 
 /// How many objects are asked for at once. A Node has some 10 KB; a page of them is what we hold in memory for a moment.
 const PAGE: u32 = 250;

@@ -125,7 +125,7 @@ pub(super) async fn follow_opt_outs(
             };
             let silence = silences.entry(part.clone()).or_default();
             if let Some(failure) = failure {
-                telemetry.send_modify(|telemetry| telemetry.count(&failure));
+                telemetry.send_modify(|telemetry| telemetry.count(failure.kind));
                 if let Some(says) = silence.goes_on(&failure) {
                     labelled.silent.insert(part, says);
                 }
@@ -277,7 +277,8 @@ impl Labelled {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::api::{Failure, FailureKind};
+    use crate::FailureKind;
+    use crate::kubernetes::api::Failure;
 
     fn pod(key: &str, address: &str, encrypt: Option<&str>) -> Pod {
         Pod {

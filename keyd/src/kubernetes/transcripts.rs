@@ -24,14 +24,14 @@ use tokio::sync::{mpsc, watch};
 use self::recording::{Answer, End, Exchange, exchange};
 use self::server::{Request, Server};
 use super::access::{ForeignNode, check};
-use super::api::{Api, Failure, FailureKind};
+use super::api::{Api, Failure};
 use super::complain::{Complaint, complain};
 use super::follow::{Collection, Update, follow};
 use super::object::Node;
 use super::pace::Pace;
 use super::publish::{OwnNode, publish};
-use super::{Options, Telemetry, Wanted, run};
-use crate::{Event, Record};
+use super::{Options, Wanted, run};
+use crate::{Event, FailureKind, Record, Telemetry};
 
 /// How long a part may be quiet until it is said to ask nothing more: longer than the first back-off, shorter than what the client leaves
 /// between two lists. It is counted in turns of the runtime, of which client and server have theirs: on a busy machine all are late.

@@ -41,7 +41,8 @@ impl From<Exit> for ExitCode {
 #[command(
     name = "shroud",
     version,
-    after_help = "Exit codes: 0 healthy or done, 1 degraded or failed, 2 usage or configuration refused, 3 agent unreachable."
+    after_help = "Exit codes: 0 healthy or done, 1 degraded or failed, 2 usage or configuration refused, 3 agent unreachable, \
+                  4 (wire) device taken."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]

@@ -1,4 +1,5 @@
-//! Holds `docs/reference.md` together with the program: what is missing there, or left over, fails a test here.
+//! Holds `docs/reference.md` together with the program: what is missing there, or left over, fails a test here. What is asked of an API
+//! server is known to keyd, whose `the_client_asks_what_was_recorded` does the same for that table.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -169,12 +170,74 @@ fn every_exit_code_is_listed() {
         .map(ExitCode::from)
         .collect();
 
-    let listed: Vec<ExitCode> = table("Code | Meaning")
-        .keys()
-        .map(|code| ExitCode::from(code.parse::<u8>().unwrap()))
-        .collect();
+    let codes = |numbers: &mut dyn Iterator<Item = &str>| -> Vec<ExitCode> {
+        numbers
+            .map(|code| ExitCode::from(code.parse::<u8>().unwrap()))
+            .collect()
+    };
+    let listed = codes(&mut table("Code | Meaning").keys().map(String::as_str));
+    let help = Cli::command().get_after_help().unwrap().to_string();
+    let (_, helped) = help.split_once("Exit codes: ").unwrap();
+    let helped = codes(&mut helped.split(", ").map(|part| part.split(' ').next().unwrap()));
 
     assert_eq!(listed, all);
+    assert_eq!(helped, all);
+}
+
+#[test]
+fn every_name_on_objects_is_listed() {
+    let mut known = BTreeSet::new();
+    for krate in ["agent", "keyd"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(krate).join("src");
+        collect_names(&folder, &mut known);
+    }
+    assert!(known.contains(shroud_keyd::ANNOTATION), "{known:?}");
+
+    let listed: BTreeSet<String> = table("Name | Is | Meaning").into_keys().collect();
+
+    assert_eq!(listed, known);
+}
+
+/// The texts in the sources below a folder that are names as Kubernetes has them, a domain and a word: no versions of an API.
+fn collect_names(folder: &Path, known: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect_names(&path, known);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let source = std::fs::read_to_string(&path).unwrap();
+            let texts = source.split('"');
+            known.extend(texts.filter(|text| is_name(text)).map(str::to_owned));
+        }
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let Some((domain, word)) = text.split_once('/') else {
+        return false;
+    };
+    let is_word = |text: &str| {
+        text.starts_with(|first: char| first.is_ascii_lowercase())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    };
+    let is_version = word.starts_with('v') && word[1..].starts_with(|c: char| c.is_ascii_digit());
+    domain.contains('.') && domain.split('.').all(is_word) && is_word(word) && !is_version
+}
+
+#[test]
+fn every_kind_of_failure_is_listed() {
+    let listed: BTreeSet<String> = table("Kind | The directory's source failed because")
+        .into_keys()
+        .collect();
+
+    assert_eq!(
+        listed,
+        shroud_keyd::FailureKind::IDS
+            .iter()
+            .copied()
+            .map(str::to_owned)
+            .collect()
+    );
 }
 
 #[test]

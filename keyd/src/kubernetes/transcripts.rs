@@ -336,13 +336,11 @@ async fn the_client_asks_what_was_recorded() {
     };
     let mut world = World::start(wanted, true, answers);
 
-    let mut asked = BTreeSet::new();
-    while asked.len() < 16 {
-        let request = world.request().await;
-        asked.insert(kind(&request.method, &request.path, request.header("content-type")));
-    }
-    let telemetry = world.telemetry.borrow().clone();
+    let requests = world.requests(16).await;
 
+    let telemetry = world.telemetry.borrow().clone();
+    let kind_of = |request: &Request| kind(&request.method, &request.path, request.header("content-type"));
+    let asked: BTreeSet<String> = requests.iter().map(kind_of).collect();
     let recorded: BTreeSet<String> = recording::all()
         .iter()
         .map(|exchange| kind(&exchange.method, &exchange.path, exchange.content_type.as_deref()))
@@ -351,6 +349,52 @@ async fn the_client_asks_what_was_recorded() {
     let known: BTreeSet<&str> = UNRECORDED.iter().map(|(kind, _)| *kind).collect();
     assert_eq!(unrecorded, known);
     assert_eq!(telemetry.failures, BTreeMap::new());
+    let mut rights: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
+    for (object, verb) in requests.iter().map(right) {
+        rights.entry(object).or_default().insert(verb);
+    }
+    let row = |(object, verbs): (String, BTreeSet<&str>)| {
+        let verbs: Vec<String> = verbs.into_iter().map(|verb| format!("`{verb}`")).collect();
+        format!("| `{object}` | {} ", verbs.join(", "))
+    };
+    assert_eq!(rights.into_iter().map(row).collect::<BTreeSet<_>>(), listed_rights());
+}
+
+/// The object that a request is about, and the verb, as RBAC has them.
+fn right(request: &Request) -> (String, &'static str) {
+    let path = request.path.split('?').next().unwrap();
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    let (group, below) = match parts.as_slice() {
+        ["api", "v1", below @ ..] => (String::new(), below),
+        ["apis", group, "v1", below @ ..] => (format!("{group}/"), below),
+        _ => panic!("{path}"),
+    };
+    let below = match below {
+        ["namespaces", _, below @ ..] => below,
+        _ => below,
+    };
+    let object = match below {
+        [object] | [object, _] => (*object).to_owned(),
+        [object, _, part] => format!("{object}/{part}"),
+        _ => panic!("{path}"),
+    };
+    let verb = match request.method.as_str() {
+        "GET" if recording::query(&request.path).any(|(key, _)| key == "watch") => "watch",
+        "GET" => "list",
+        "PATCH" => "patch",
+        "POST" => "create",
+        other => panic!("{other}"),
+    };
+    (format!("{group}{object}"), verb)
+}
+
+/// The first two cells of each row of the table in docs/reference.md.
+fn listed_rights() -> BTreeSet<String> {
+    let page = include_str!("../../../docs/reference.md");
+    let (_, table) = page.split_once("| Object | Verbs | For |").unwrap();
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    rows.map(|row| row[..row.match_indices('|').nth(2).unwrap().0].to_owned())
+        .collect()
 }
 
 /// A request without what differs from one of its kind to the next: method, path without names, keys of the query, content type.
@@ -423,12 +467,24 @@ impl World {
         }
     }
 
-    async fn request(&mut self) -> Request {
-        tokio::select! {
-            request = self.server.requests.recv() => request.unwrap(),
-            () = &mut self.work => panic!("it ended"),
-            () = tokio::time::sleep(PATIENCE) => panic!("there is no other request"),
+    /// What is asked until there are so many kinds of requests, or in vain.
+    async fn requests(&mut self, kinds: usize) -> Vec<Request> {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let mut requests: Vec<Request> = Vec::new();
+        let mut seen = BTreeSet::new();
+        while seen.len() < kinds {
+            tokio::select! {
+                request = self.server.requests.recv() => requests.push(request.unwrap()),
+                () = &mut self.work => panic!("it ended"),
+                () = tokio::time::sleep_until(deadline) => break,
+            }
+            seen.extend(
+                requests
+                    .last()
+                    .map(|request| kind(&request.method, &request.path, None)),
+            );
         }
+        requests
     }
 }
 

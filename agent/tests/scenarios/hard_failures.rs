@@ -5,8 +5,9 @@ use std::net::{Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use shroud_lab::agent::{LISTEN_PORT, config, config_file};
-use shroud_lab::{Agent, AgentOptions, Family, Lab, Netns, Protocol, Status, Topology};
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
+use shroud_lab::agent::LISTEN_PORT;
+use shroud_lab::{Agent, AgentOptions, Family, Lab, Netns, Protocol, Status, Topology, eventually};
 
 use crate::backend::{kernel_has_wireguard, with};
 use crate::mesh::{Mesh, SHROUD, nothing_leaked};
@@ -160,28 +161,19 @@ fn a_foreign_device_of_our_name_is_said_and_left_alone() -> Result<()> {
 fn an_agent_that_may_not_open_raw_sockets_ends_and_names_the_capability() -> Result<()> {
     let lab = lab("noraw")?;
     let node = lab.node("a");
-    let file = config_file(node);
-    let config = config(node, &AgentOptions::new(SHROUD));
-    std::fs::write(&file, config).with_context(|| format!("write {}", file.display()))?;
-    let file = file.to_str().context("the path is text")?;
 
-    let arguments = [
-        "30",
-        "setpriv",
-        "--bounding-set",
-        "-net_raw",
-        SHROUD,
-        "agent",
-        "--config",
-        file,
-    ];
-    let output = node.host.netns.exec("timeout", &arguments)?;
+    // What a thread has given up, those that it starts do not have.
+    let mut agent = node.host.netns.run(|| {
+        remove_capability_from_bounding_set(CapabilitySet::NET_RAW).context("give up CAP_NET_RAW")?;
+        Agent::start(node, &AgentOptions::new(SHROUD))
+    })?;
+    let exit = eventually("the agent ends", NOTICED, || match agent.exited() {
+        Ok(Some(exit)) => Ok(exit),
+        other => Err(format!("{other:?}")),
+    })?;
 
-    ensure!(output.status.code() == Some(1), "{output:?}");
-    ensure!(
-        output.stderr.contains("CAP_NET_RAW") && !output.stderr.contains("panicked"),
-        "{}",
-        output.stderr
-    );
+    let log = std::fs::read_to_string(node.log()).context("read the agent's log")?;
+    ensure!(exit.code() == Some(1), "{exit}\n{log}");
+    ensure!(log.contains("CAP_NET_RAW") && !log.contains("panicked"), "{log}");
     Ok(())
 }

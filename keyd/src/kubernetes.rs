@@ -19,6 +19,7 @@ mod follow;
 mod object;
 mod opt_out;
 mod pace;
+mod page;
 mod publish;
 #[cfg(test)]
 mod transcripts;

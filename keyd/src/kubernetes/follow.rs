@@ -13,7 +13,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt as _;
-use kube::api::{ListParams, Request, WatchParams};
+use kube::api::{Request, WatchParams};
 use kube::client::Body;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -21,10 +21,9 @@ use serde_json::value::RawValue;
 use super::api::{Api, Failure, Status, chain};
 use super::object::{Object, metadata};
 use super::pace::Pace;
+use super::page::{asked, page};
 use crate::FailureKind;
 
-/// How many objects are asked for at once. A Node has some 10 KB; a page of them is what we hold in memory for a moment.
-const PAGE: u32 = 250;
 /// How long a watch is asked to last; the server ends it then, and it goes on from there. Spread, so that those who begin together do not
 /// come back together.
 const WATCH: std::ops::Range<u32> = 230..290;
@@ -110,52 +109,21 @@ async fn list<T: Object>(
     pace: &mut Pace,
     tell: &mut impl AsyncFnMut(Update<T>),
 ) -> Result<String, Failure> {
-    #[derive(Deserialize)]
-    struct Page<'a> {
-        metadata: PageMetadata,
-        /// An empty list of some kinds has `null` here.
-        #[serde(borrow)]
-        items: Option<Vec<&'a RawValue>>,
-    }
-
-    #[derive(Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct PageMetadata {
-        resource_version: String,
-        #[serde(rename = "continue", default)]
-        next: String,
-    }
-
     let attempt = format!("list {}", collection.name);
     tell(Update::Lists).await;
     let mut objects = Vec::new();
     let mut next = None;
     loop {
-        let params = ListParams {
-            limit: Some(PAGE),
-            continue_token: next.take(),
-            field_selector: collection.fields.clone(),
-            label_selector: collection.labels.clone(),
-            ..ListParams::default()
-        };
-        let request = Request::new(&collection.path).list(&params);
-        let request = request.map_err(|error| Failure::new(FailureKind::Malformed, &attempt, error))?;
-        let text = api.ask(&attempt, request).await?;
-        let page: Page<'_> = serde_json::from_slice(&text).map_err(|error| {
-            Failure::new(
-                FailureKind::Malformed,
-                &attempt,
-                format_args!("the answer is no list: {error}"),
-            )
-        })?;
+        let params = asked(collection.fields.as_deref(), collection.labels.as_deref(), next);
+        let page = page(api, &attempt, Request::new(&collection.path).list(&params)).await?;
         // From the first page on it has cost the server what we must not ask for often.
         pace.listed(Instant::now());
-        objects.extend(page.items.unwrap_or_default().into_iter().map(T::read));
-        if page.metadata.next.is_empty() {
+        objects.extend(page.objects);
+        next = page.next;
+        if next.is_none() {
             tell(Update::Listed(objects)).await;
-            return Ok(page.metadata.resource_version);
+            return Ok(page.version);
         }
-        next = Some(page.metadata.next);
     }
 }
 

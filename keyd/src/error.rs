@@ -1,13 +1,14 @@
-//! What can go wrong between this crate and the disk.
+//! What can go wrong between this crate and the disk, or an API server.
 
 use std::io;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::FailureKind;
 use crate::{cache, key};
 
-/// A failure of the state directory or the record folder.
+/// A failure of the state directory, the record folder, or an API server.
 #[derive(Debug, Error)]
 pub enum Error {
     /// A system call failed.
@@ -37,5 +38,13 @@ pub enum Error {
         flaw: cache::Flaw,
         /// Where it was put.
         kept: PathBuf,
+    },
+    /// An API server did not do what it was asked.
+    #[error("{says}")]
+    ApiServer {
+        /// What kind of failure it is.
+        kind: FailureKind,
+        /// What was attempted, what was answered, and what helps; safe to print.
+        says: String,
     },
 }

@@ -6,6 +6,8 @@
 //!      │     └── labelled namespaces, pods > opt_out ── Event::OptedOut ──┘
 //!      ├──────── PATCH of our own Node <── publish <───┐
 //!      └──────── Events on refused Nodes <── complain <┴── Wanted ── the keeper
+//!
+//!  API server ── Nodes, pods (lists), exec ──> Cluster::ask ──> an operator who wants to hear all agents
 //! ```
 //!
 //! The API server is the authority for names, addresses (`status.addresses`) and pod prefixes (`spec.podCIDRs`), and for who may write the
@@ -13,8 +15,10 @@
 //! nonsense, removes nobody: what is known stays, and the watch goes on from where it was.
 
 mod access;
+mod agents;
 mod api;
 mod complain;
+mod exec;
 mod follow;
 mod object;
 mod opt_out;
@@ -34,9 +38,11 @@ use shroud_model::NodeName;
 use tokio::sync::{mpsc, watch};
 
 use self::access::{ForeignNode, check};
-use self::api::{Api, Failure};
+pub use self::agents::{Asked, Cluster};
+use self::api::{Api, Credentials, Failure};
 use self::complain::complain;
 pub use self::complain::{Complaint, complaints};
+pub use self::exec::Output;
 use self::follow::{Collection, Update, chance, follow};
 use self::object::{ConfigMap, Node, Object as _};
 use self::opt_out::follow_opt_outs;
@@ -87,7 +93,8 @@ pub async fn run(
     telemetry: watch::Sender<Telemetry>,
 ) {
     let Options { node, .. } = &options;
-    let api = Api::new(options.kubeconfig.clone());
+    let kubeconfig = options.kubeconfig.clone();
+    let api = Api::new(kubeconfig.map_or(Credentials::Pod, Credentials::File));
     let (own, foreign) = (watch::Sender::new(None), watch::Sender::new(None));
     let patience = if options.bridged {
         SPREAD.mul_f64(chance())

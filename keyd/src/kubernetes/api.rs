@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use http::{HeaderValue, header};
 use http_body_util::{BodyExt as _, Limited};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use kube::client::{Body, ConfigExt as _};
+use kube::client::{Body, ConfigExt as _, Connection};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 use serde::Deserialize;
@@ -31,8 +32,24 @@ const LONGEST_ERROR: usize = 64 << 10;
 
 /// An API server, and who we are to it.
 pub(super) struct Api {
-    kubeconfig: Option<PathBuf>,
+    credentials: Credentials,
     connected: Mutex<Option<Connected>>,
+}
+
+/// Whose credentials are used, and where they lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Credentials {
+    /// Those of a pod's ServiceAccount.
+    Pod,
+    /// An agent's, in a file.
+    File(PathBuf),
+    /// Those of whoever runs this program, as `kubectl` would find them.
+    Operator {
+        /// The file; without one, what `KUBECONFIG` names, or `~/.kube/config`.
+        kubeconfig: Option<PathBuf>,
+        /// The context in there, if not the current one.
+        context: Option<String>,
+    },
 }
 
 /// A client that has read its credentials.
@@ -71,7 +88,7 @@ impl FailureKind {
     fn hint(self) -> &'static str {
         match self {
             Self::Unauthorized => "; is the token of this cluster, and not expired?",
-            Self::Forbidden => "; give the agent's ServiceAccount the rights that deploy/ lists",
+            Self::Forbidden => "; deploy/README.md lists the rights that are needed",
             Self::Folder
             | Self::Credentials
             | Self::Unreachable
@@ -109,7 +126,7 @@ impl Failure {
 }
 
 /// How much of a server's message is shown.
-const LONGEST_MESSAGE: usize = 240;
+pub(super) const LONGEST_MESSAGE: usize = 240;
 
 /// An API server's word on a failure (meta/v1 Status), as far as it is read.
 #[derive(Debug, Default, Deserialize)]
@@ -120,10 +137,10 @@ pub(super) struct Status {
 }
 
 impl Api {
-    /// Nothing is read or opened yet. Without `kubeconfig`, the pod's ServiceAccount is who we are.
-    pub(super) fn new(kubeconfig: Option<PathBuf>) -> Self {
+    /// Nothing is read or opened yet.
+    pub(super) fn new(credentials: Credentials) -> Self {
         Self {
-            kubeconfig,
+            credentials,
             connected: Mutex::new(None),
         }
     }
@@ -156,17 +173,42 @@ impl Api {
             .await
     }
 
+    /// Asks for a WebSocket instead of an answer.
+    pub(super) async fn upgrade(
+        &self,
+        attempt: &str,
+        mut request: http::Request<Vec<u8>>,
+    ) -> Result<Connection, Failure> {
+        let client = self.connected().await?.client;
+        request.headers_mut().insert(header::USER_AGENT, self.program());
+        let connection = client.connect(request).await;
+        connection.map_err(|error| {
+            if let kube::Error::Api(status) = error {
+                let (code, message) = (status.code, status.message);
+                return Failure::of_status(attempt, &Status { code, message });
+            }
+            Failure::new(FailureKind::Unreachable, attempt, chain(&error))
+        })
+    }
+
+    /// What this program calls itself, with its version.
+    fn program(&self) -> HeaderValue {
+        HeaderValue::from_static(match self.credentials {
+            Credentials::Pod | Credentials::File(_) => concat!("shroud-agent/", env!("CARGO_PKG_VERSION")),
+            Credentials::Operator { .. } => concat!("kubectl-shroud/", env!("CARGO_PKG_VERSION")),
+        })
+    }
+
     async fn answer(&self, attempt: &str, mut request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
         let client = self.connected().await?.client;
-        let program = http::HeaderValue::from_static(concat!("shroud-agent/", env!("CARGO_PKG_VERSION")));
-        request.headers_mut().insert(http::header::USER_AGENT, program);
+        request.headers_mut().insert(header::USER_AGENT, self.program());
         let response = client.send(request.map(Body::from)).await;
         let response = response.map_err(|error| Failure::new(FailureKind::Unreachable, attempt, chain(&error)))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response.into_body());
         }
-        let retry_after = response.headers().get(http::header::RETRY_AFTER);
+        let retry_after = response.headers().get(header::RETRY_AFTER);
         let retry_after = retry_after.and_then(|seconds| seconds.to_str().ok()?.parse().ok());
         // What cannot be read of it does not matter: the status is the answer.
         let read = Limited::new(response.into_body(), LONGEST_ERROR).collect().await;
@@ -215,7 +257,7 @@ impl Api {
         if let Some(connected) = &*connected {
             return Ok(connected.clone());
         }
-        let made = connect(self.kubeconfig.as_deref()).await?;
+        let made = connect(&self.credentials).await?;
         *connected = Some(made.clone());
         Ok(made)
     }
@@ -223,16 +265,16 @@ impl Api {
 
 /// A new object, to be made.
 pub(super) fn post(attempt: &str, target: &str, body: &Value) -> Result<http::Request<Vec<u8>>, Failure> {
-    let request = http::Request::post(target).header(http::header::CONTENT_TYPE, "application/json");
+    let request = http::Request::post(target).header(header::CONTENT_TYPE, "application/json");
     with_body(attempt, request, body)
 }
 
 /// A server-side apply, of whose answer only the metadata is wanted: a whole Node is not worth its bytes.
 pub(super) fn apply(attempt: &str, target: &str, body: &Value) -> Result<http::Request<Vec<u8>>, Failure> {
     let request = http::Request::patch(target)
-        .header(http::header::CONTENT_TYPE, "application/apply-patch+yaml")
+        .header(header::CONTENT_TYPE, "application/apply-patch+yaml")
         .header(
-            http::header::ACCEPT,
+            header::ACCEPT,
             "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1",
         );
     with_body(attempt, request, body)
@@ -244,28 +286,15 @@ fn with_body(attempt: &str, request: http::request::Builder, body: &Value) -> Re
 }
 
 /// Reads the credentials, and prepares to connect.
-async fn connect(kubeconfig: Option<&Path>) -> Result<Connected, Failure> {
+async fn connect(credentials: &Credentials) -> Result<Connected, Failure> {
     let failed = |from: &str, error: &(dyn std::error::Error + 'static)| {
         let attempt = format!("read the API server's address and our credentials from {from}");
         Failure::new(FailureKind::Credentials, &attempt, chain(error))
     };
-    let unread = |from: &str, error: &KubeconfigError| {
-        if let KubeconfigError::ReadConfig(error, _) = error {
-            return failed(from, error);
-        }
-        // A parser's error may quote the file, and with it a token.
-        let attempt = format!("read the API server's address and our credentials from {from}");
-        let why = "it is no kubeconfig that can be used (`kubectl config view --kubeconfig FILE` says why)";
-        Failure::new(FailureKind::Credentials, &attempt, why)
-    };
-    let config = match kubeconfig {
-        Some(path) => {
-            let from = path.display().to_string();
-            let file = Kubeconfig::read_from(path).map_err(|error| unread(&from, &error))?;
-            let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            config.map_err(|error| unread(&from, &error))?
-        }
-        None => Config::incluster().map_err(|error| failed("the pod's ServiceAccount", &error))?,
+    let config = match credentials {
+        Credentials::Pod => Config::incluster().map_err(|error| failed("the pod's ServiceAccount", &error))?,
+        Credentials::File(path) => read(Some(path), None).await?,
+        Credentials::Operator { kubeconfig, context } => read(kubeconfig.as_deref(), context.as_deref()).await?,
     };
     let mut connector = HttpConnector::new();
     let (idle, interval, probes) = KEEPALIVE;
@@ -288,6 +317,39 @@ async fn connect(kubeconfig: Option<&Path>) -> Result<Connected, Failure> {
         client: Client::new(service, config.default_namespace.clone()),
         namespace: config.default_namespace,
     })
+}
+
+/// Reads a kubeconfig: this file, or what `kubectl` would read.
+async fn read(file: Option<&Path>, context: Option<&str>) -> Result<Config, Failure> {
+    let from = match file {
+        Some(path) => path.display().to_string(),
+        None => "the kubeconfig that KUBECONFIG names, or else ~/.kube/config".to_owned(),
+    };
+    let attempt = format!("read the API server's address and our credentials from {from}");
+    let unread = |error: KubeconfigError| {
+        let why = match (error, context) {
+            (KubeconfigError::ReadConfig(error, _), _) => chain(&error),
+            (KubeconfigError::LoadContext(_), Some(context)) => {
+                format!(
+                    "it has no context {} (`kubectl config get-contexts` lists them)",
+                    Excerpt::of(context)
+                )
+            }
+            // A parser's error may quote the file, and with it a token.
+            _ => "it is no kubeconfig that can be used (`kubectl config view --kubeconfig FILE` says why)".to_owned(),
+        };
+        Failure::new(FailureKind::Credentials, &attempt, why)
+    };
+    let options = KubeConfigOptions {
+        context: context.map(str::to_owned),
+        ..KubeConfigOptions::default()
+    };
+    let content = match file {
+        Some(path) => Kubeconfig::read_from(path),
+        None => Kubeconfig::read(),
+    };
+    let config = Config::from_custom_kubeconfig(content.map_err(unread)?, &options).await;
+    config.map_err(unread)
 }
 
 async fn in_time<T>(

@@ -56,6 +56,12 @@ pub(super) fn metadata(raw: &RawValue) -> Metadata {
     object.metadata.0
 }
 
+impl Object for Metadata {
+    fn read(raw: &RawValue) -> Self {
+        metadata(raw)
+    }
+}
+
 /// A Node object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Node {
@@ -426,6 +432,61 @@ impl Object for ConfigMap {
     }
 }
 
+/// The pod of an agent, as far as it says where it runs and whether it can be asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct AgentPod {
+    pub(super) name: String,
+    /// The name of the node; empty while it has none.
+    pub(super) node: String,
+    /// `Pending`, `Running`, `Succeeded`, `Failed` or `Unknown`.
+    pub(super) phase: String,
+    /// Whether it is being deleted.
+    pub(super) ends: bool,
+    /// When it was made, as text that sorts.
+    pub(super) created: String,
+}
+
+impl Object for AgentPod {
+    fn read(raw: &RawValue) -> Self {
+        #[derive(Default, Deserialize)]
+        #[serde(default)]
+        struct Pod {
+            metadata: Fields<Metadata>,
+            spec: Fields<Spec>,
+            status: Fields<Status>,
+        }
+        #[derive(Default, Deserialize)]
+        #[serde(default, rename_all = "camelCase")]
+        struct Metadata {
+            name: String,
+            creation_timestamp: Option<String>,
+            deletion_timestamp: Option<String>,
+        }
+        #[derive(Default, Deserialize)]
+        #[serde(default, rename_all = "camelCase")]
+        struct Spec {
+            node_name: Option<String>,
+        }
+        #[derive(Default, Deserialize)]
+        #[serde(default)]
+        struct Status {
+            phase: Option<String>,
+        }
+        let Fields(Pod {
+            metadata: Fields(metadata),
+            spec: Fields(spec),
+            status: Fields(status),
+        }) = serde_json::from_str(raw.get()).unwrap_or_default();
+        Self {
+            name: metadata.name,
+            node: spec.node_name.unwrap_or_default(),
+            phase: status.phase.unwrap_or_default(),
+            ends: metadata.deletion_timestamp.is_some(),
+            created: metadata.creation_timestamp.unwrap_or_default(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -595,5 +656,27 @@ mod tests {
         }
         let map = ConfigMap::read(serde_json::from_str(r#"{"data":{"node-x":"stolen"}}"#).unwrap());
         assert_eq!(map.data, BTreeMap::from([("node-x".to_owned(), "stolen".to_owned())]));
+    }
+
+    #[test]
+    fn an_agents_pod_says_where_it_runs_and_whether_it_does() {
+        let read = |text: &str| AgentPod::read(serde_json::from_str(text).unwrap());
+
+        let pod = read(
+            r#"{"metadata":{"name":"shroud-x","creationTimestamp":"2026-11-25T10:00:00Z","deletionTimestamp":"2026-11-25T11:00:00Z"},
+            "spec":{"nodeName":"node-a","containers":[]},"status":{"phase":"Running","podIP":"172.18.0.2"}}"#,
+        );
+
+        let expected = AgentPod {
+            name: "shroud-x".to_owned(),
+            node: "node-a".to_owned(),
+            phase: "Running".to_owned(),
+            ends: true,
+            created: "2026-11-25T10:00:00Z".to_owned(),
+        };
+        assert_eq!(pod, expected);
+        for nothing in ["7", r#"{"spec":7}"#, r#"{"metadata":{"creationTimestamp":null}}"#] {
+            assert_eq!(read(nothing), AgentPod::default(), "{nothing}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use serde_json::value::RawValue;
 
 use super::api::{Api, Failure};
 use super::object::Object;
+use crate::FailureKind;
 
 /// How many objects are asked for at once. A Node has some 10 KB; a page of them is what we hold in memory for a moment.
 const PAGE: u32 = 250;

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, watch};
 use self::recording::{Answer, End, Exchange, exchange};
 use self::server::{Request, Server};
 use super::access::{ForeignNode, check};
-use super::api::{Api, Failure};
+use super::api::{Api, Credentials, Failure};
 use super::complain::{Complaint, complain};
 use super::follow::{Collection, Update, follow};
 use super::object::Node;
@@ -79,7 +79,7 @@ async fn an_expired_watch_is_followed_by_a_list_half_a_minute_after_the_last_one
     let recorded = ["07-watch-expired 3", "07-watch-expired 8", "07-watch-expired 9"];
     let answers = [list_at("460")].into_iter().chain(recorded.map(answer)).collect();
     let mut server = Server::of_answers(answers);
-    let api = Api::new(Some(server.kubeconfig()));
+    let api = Api::new(Credentials::File(server.kubeconfig()));
     let mut told = Vec::new();
     let mut tell = async |update: Update<Node>| told.push(line(&update));
     let mut asked = Vec::new();
@@ -131,7 +131,7 @@ async fn credentials_are_read_anew_after_what_may_come_from_them_and_kept_after_
     ];
     for (name, reads_anew) in cases {
         let mut server = Server::of_answers(vec![answer(name)]);
-        let api = Api::new(Some(server.kubeconfig()));
+        let api = Api::new(Credentials::File(server.kubeconfig()));
         let mut tell = async |_: Update<Node>| {};
         let nodes = nodes("/api/v1/nodes", LONG_IDLE);
 
@@ -184,7 +184,7 @@ async fn bookmarks_keep_a_quiet_watch_alive() {
     for (idle, from, on_same_connection) in [(100.0, "953", true), (40.0, "894", false)] {
         let mut answers = vec![answer("14-watch-bookmark-interval 1"), list_at("894")];
         let mut server = Server::start(SECOND, Box::new(move |_| answers.pop()));
-        let api = Api::new(Some(server.kubeconfig()));
+        let api = Api::new(Credentials::File(server.kubeconfig()));
         let nodes = nodes("/api/v1/nodes", Duration::from_secs_f64(idle * SECOND));
         let mut tell = async |_: Update<Node>| {};
 
@@ -649,7 +649,7 @@ fn allowed() -> Answer {
 
 async fn play_follow(path: &str, answers: Vec<Answer>, idle: Duration) -> Vec<String> {
     let mut story = Story::new(answers);
-    let api = Api::new(Some(story.server.kubeconfig()));
+    let api = Api::new(Credentials::File(story.server.kubeconfig()));
     let nodes = nodes(path, idle);
     let told = story.told.clone();
     let mut tell = async |update: Update<Node>| told.add(line(&update), asked_to_wait(&update));
@@ -660,7 +660,7 @@ async fn play_follow(path: &str, answers: Vec<Answer>, idle: Duration) -> Vec<St
 
 async fn play_publish(node: &str, wanted: Wanted, answers: Vec<Answer>) -> Vec<String> {
     let mut story = Story::new(answers);
-    let api = Api::new(Some(story.server.kubeconfig()));
+    let api = Api::new(Credentials::File(story.server.kubeconfig()));
     let own = watch::Sender::new(OwnNode::of(&bare(node), &node.parse().unwrap()));
     let (_sender, wanted) = watch::channel(wanted);
     let told = story.told.clone();
@@ -675,7 +675,7 @@ async fn play_publish(node: &str, wanted: Wanted, answers: Vec<Answer>) -> Vec<S
 
 async fn play_check(node: &str, answers: Vec<Answer>) -> Vec<String> {
     let mut story = Story::new(answers);
-    let api = Api::new(Some(story.server.kubeconfig()));
+    let api = Api::new(Credentials::File(story.server.kubeconfig()));
     let foreign = ForeignNode::among([bare(node)].iter(), &"another".parse().unwrap());
     let (_sender, foreign) = watch::channel(foreign);
     let told = story.told.clone();
@@ -689,7 +689,7 @@ async fn play_check(node: &str, answers: Vec<Answer>) -> Vec<String> {
 
 async fn play_complain(answers: Vec<Answer>) -> Vec<String> {
     let mut story = Story::new(answers);
-    let api = Api::new(Some(story.server.kubeconfig()));
+    let api = Api::new(Credentials::File(story.server.kubeconfig()));
     let complaint = Complaint {
         note: "it announces no key".to_owned(),
     };

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::access::Grant;
 use crate::clock::Clock;
+use crate::exec::Commands;
 use crate::fault::Faults;
 use crate::identity::{ServiceAccount, Tokens};
 use crate::journal::Journal;
@@ -70,6 +71,7 @@ pub(crate) struct Context {
     pub(crate) clock: Clock,
     pub(crate) tokens: Tokens,
     pub(crate) faults: Faults,
+    pub(crate) commands: Commands,
     pub(crate) journal: Journal,
     pub(crate) grants: Mutex<Vec<Grant>>,
     pub(crate) policy: Mutex<Option<Policy>>,
@@ -83,6 +85,7 @@ impl Context {
             clock: Clock::default(),
             tokens: Tokens::new(options.account.clone()),
             faults: Faults::new(),
+            commands: Commands::default(),
             journal: Journal::default(),
             grants: Mutex::new(options.grants.clone()),
             policy: Mutex::new(options.policy.clone()),

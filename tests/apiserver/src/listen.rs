@@ -222,6 +222,7 @@ impl Connections {
                 .timer(TokioTimer::new())
                 .header_read_timeout(None)
                 .serve_connection(io, service)
+                .with_upgrades()
                 .await
         };
     }

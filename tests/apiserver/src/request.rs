@@ -87,24 +87,26 @@ impl Target {
 
 /// The query of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Parameters(BTreeMap<String, String>);
+pub(crate) struct Parameters(BTreeMap<String, Vec<String>>);
 
 impl Parameters {
     pub(crate) fn parse(query: &str) -> Self {
-        let pairs = query.split('&').filter(|pair| !pair.is_empty());
-        Self(
-            pairs
-                .map(|pair| {
-                    let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-                    (decoded(key), decoded(value))
-                })
-                .collect(),
-        )
+        let mut parameters: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            parameters.entry(decoded(key)).or_default().push(decoded(value));
+        }
+        Self(parameters)
     }
 
-    /// The parameter, if it is there at all.
+    /// The parameter, if it is there at all; the first, if there are many.
     pub(crate) fn find(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str)
+        self.all(name).first().map(String::as_str)
+    }
+
+    /// All parameters of that name, in their order.
+    pub(crate) fn all(&self, name: &str) -> &[String] {
+        self.0.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// The parameter, or nothing.
@@ -250,5 +252,13 @@ mod tests {
             ("mesh=on", "a+b")
         );
         assert_eq!((parameters.find("watch"), parameters.find("none")), (Some(""), None));
+    }
+
+    #[test]
+    fn a_parameter_may_come_often() {
+        let parameters = Parameters::parse("command=ls&stdout=true&command=-l");
+
+        assert_eq!(parameters.all("command"), ["ls", "-l"]);
+        assert_eq!((parameters.text("command"), parameters.all("none").len()), ("ls", 0));
     }
 }

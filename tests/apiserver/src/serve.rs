@@ -11,6 +11,7 @@ use flate2::write::GzEncoder;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::upgrade::OnUpgrade;
 use hyper::{Request, Response, StatusCode};
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
@@ -22,6 +23,7 @@ use crate::context::Context;
 use crate::decode;
 use crate::discovery;
 use crate::encode;
+use crate::exec::{Exec, PROTOCOLS};
 use crate::fault::{Effect, Facts};
 use crate::identity::{User, uid};
 use crate::journal::{Entry, Record};
@@ -33,6 +35,7 @@ use crate::review;
 use crate::status::Refusal;
 use crate::store::{Key, Shape, metadata_only};
 use crate::watch::{Watch, await_revision};
+use crate::websocket;
 use crate::write::{Patch, Writer, Written};
 
 /// Above this size a list is compressed for who accepts it.
@@ -74,13 +77,21 @@ struct Call {
     line: Arc<Line>,
 }
 
+/// What comes after the head of a request.
+struct Rest {
+    body: Incoming,
+    /// The connection itself, once the answer is that it is HTTP no longer.
+    upgrade: Option<OnUpgrade>,
+}
+
 /// Answers a request.
 pub(crate) async fn answer(
     context: Arc<Context>,
     line: Arc<Line>,
     request: Request<Incoming>,
 ) -> Result<Response<body::Answer>, Infallible> {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
+    let upgrade = parts.extensions.remove();
     let (path, query) = (
         parts.uri.path().to_owned(),
         parts.uri.query().unwrap_or_default().to_owned(),
@@ -130,7 +141,7 @@ pub(crate) async fn answer(
             facts,
             line,
         };
-        let reply = call.reply(body).await;
+        let reply = call.reply(Rest { body, upgrade }).await;
         entry.answered(reply.status);
         reply.response(&context, effect.as_ref(), entry)
     };
@@ -139,14 +150,14 @@ pub(crate) async fn answer(
 }
 
 impl Call {
-    async fn reply(&self, body: Incoming) -> Reply {
-        match self.outcome(body).await {
+    async fn reply(&self, rest: Rest) -> Reply {
+        match self.outcome(rest).await {
             Ok(reply) => reply,
             Err(refusal) => self.refused(&refusal),
         }
     }
 
-    async fn outcome(&self, body: Incoming) -> Result<Reply, Refusal> {
+    async fn outcome(&self, Rest { body, upgrade }: Rest) -> Result<Reply, Refusal> {
         let user = self.user.as_ref().ok_or_else(Refusal::unauthorized)?;
         match &self.route {
             Route::Version => Ok(Reply::json(200, discovery::VERSION.into())),
@@ -174,6 +185,9 @@ impl Call {
                         Ok(Reply::text(404, "404 page not found\n"))
                     };
                 };
+                if (target.plural.as_str(), target.subresource.as_str()) == ("pods", "exec") {
+                    return self.exec(user, target, upgrade);
+                }
                 let known_part =
                     target.subresource.is_empty() || (target.subresource == "status" && resource.has_status);
                 if !known_part {
@@ -255,6 +269,75 @@ impl Call {
             status: 200,
             headers: vec![("Content-Type", "application/json".into())],
             content: Content::Stream(pieces),
+        })
+    }
+
+    fn exec(&self, user: &User, target: &Target, upgrade: Option<OnUpgrade>) -> Result<Reply, Refusal> {
+        // Since v1.35 whoever may only read may not run commands by way of a GET.
+        let create = Target {
+            verb: Verb::Create,
+            ..target.clone()
+        };
+        self.authorize(user, &create)?;
+        let resource = target.resource().ok_or_else(Refusal::no_such_resource)?;
+        let state = self.context.store.read();
+        let pod = state
+            .object(resource, &key(target))
+            .ok_or_else(|| Refusal::not_found(resource, &target.name))?;
+        let names: Vec<&str> = pod.value["spec"]["containers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|container| container["name"].as_str())
+            .collect();
+        let container = match (target.parameters.text("container"), names.as_slice()) {
+            ("", [only]) => *only,
+            ("", many) => {
+                let (name, many) = (&target.name, many.join(" "));
+                let message = format!("a container name must be specified for pod {name}, choose one of: [{many}]");
+                return Err(Refusal::bad_request(message));
+            }
+            (named, _) if names.contains(&named) => named,
+            (named, _) => {
+                let message = format!("container {named} is not valid for pod {}", target.name);
+                return Err(Refusal::bad_request(message));
+            }
+        };
+        let Some(node) = pod.value["spec"]["nodeName"].as_str() else {
+            let message = format!("pod {} does not have a host assigned", target.name);
+            return Err(Refusal::bad_request(message));
+        };
+        let (Some(upgrade), Some(websocket_key)) = (upgrade, websocket::asked(&self.headers)) else {
+            return Err(Refusal::bad_request("Upgrade request required"));
+        };
+        let mut offered = text(&self.headers, header::SEC_WEBSOCKET_PROTOCOL)
+            .split(',')
+            .map(str::trim);
+        let Some(protocol) = offered.find(|protocol| PROTOCOLS.contains(protocol)) else {
+            let message = format!("none of the subprotocols is one of {}", PROTOCOLS.join(", "));
+            return Err(Refusal::bad_request(message));
+        };
+        let exec = Exec {
+            namespace: target.namespace.clone(),
+            pod: target.name.clone(),
+            node: node.to_owned(),
+            container: container.to_owned(),
+            command: target.parameters.all("command").to_vec(),
+            username: user.username.clone(),
+        };
+        let headers = vec![
+            ("Connection", "Upgrade".to_owned()),
+            ("Upgrade", "websocket".to_owned()),
+            ("Sec-WebSocket-Accept", websocket::accept(websocket_key)),
+            ("Sec-WebSocket-Protocol", protocol.to_owned()),
+        ];
+        let (context, line) = (self.context.clone(), self.line.clone());
+        // The task ends with the command, with the client, or with the connection.
+        tokio::spawn(async move { context.commands.converse(upgrade, line, exec).await });
+        Ok(Reply {
+            status: 101,
+            headers,
+            content: Content::Bytes(Bytes::new()),
         })
     }
 

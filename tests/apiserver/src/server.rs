@@ -12,6 +12,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::access::Grant;
 use crate::authority::Authority;
 use crate::context::{Context, Options};
+use crate::exec::{Exec, Executed};
 use crate::fault::Fault;
 use crate::identity::{Identity, User};
 use crate::journal::Record;
@@ -270,6 +271,11 @@ impl ApiServer {
     /// The admission rule from now on.
     pub fn set_policy(&self, policy: Option<Policy>) {
         *self.context.policy.lock().unwrap_or_else(PoisonError::into_inner) = policy;
+    }
+
+    /// What commands in containers do from now on; each call is on a thread of its own, and may take its time. Without it no container runs.
+    pub fn on_exec(&self, run: impl Fn(&Exec) -> Executed + Send + Sync + 'static) {
+        self.context.commands.set(run);
     }
 
     // What goes wrong.

@@ -257,6 +257,26 @@ impl Client {
         (String::from_utf8_lossy(&text).lines().map(str::to_owned).collect(), end)
     }
 
+    /// The next frame of a WebSocket, as servers send them: its opcode and its payload.
+    pub(crate) fn frame(&mut self) -> Result<(u8, Vec<u8>), End> {
+        let head = self.take(2)?;
+        let length = match head[1] {
+            126 => self.take(2)?,
+            127 => self.take(8)?,
+            short => vec![short],
+        };
+        let length = length.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
+        Ok((head[0] & 0xf, self.take(length)?))
+    }
+
+    /// So many bytes.
+    fn take(&mut self, count: usize) -> Result<Vec<u8>, End> {
+        while self.buffer.len() < count {
+            self.fill()?;
+        }
+        Ok(self.buffer.drain(..count).collect())
+    }
+
     /// Whether nothing at all comes for a while, not even an end.
     pub(crate) fn is_silent_for(&mut self, time: Duration) -> bool {
         self.set_patience(time);

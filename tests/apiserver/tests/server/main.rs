@@ -4,6 +4,7 @@
 
 mod client;
 mod cluster;
+mod exec;
 mod faults;
 mod protocol;
 mod recording;

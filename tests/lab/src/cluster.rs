@@ -3,14 +3,15 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use serde_json::{Value, json};
-use shroud_apiserver::{ApiServer, Identity, Options};
+use shroud_apiserver::{ApiServer, Exec, Executed, Identity, Options};
 
-use crate::agent::{AgentOptions, LISTEN_PORT};
+use crate::agent::{self, AgentOptions, LISTEN_PORT};
 use crate::frame::Allowed;
 use crate::topology::{Families, Family, GATEWAY, Host, Lab, Node};
 
@@ -102,6 +103,27 @@ impl Cluster {
         }
     }
 
+    /// The program under test as a plugin of `kubectl`, once there are agents' pods.
+    pub fn plugin(&self) -> PathBuf {
+        self.folder.join("kubectl-shroud")
+    }
+
+    /// Makes a pod for each node's agent, in which `/usr/bin/shroud` is this program, run on that node.
+    pub fn add_agent_pods(&self, lab: &Lab, shroud: &Path) -> Result<()> {
+        let program = fs::canonicalize(shroud).with_context(|| format!("find {}", shroud.display()))?;
+        symlink(program, self.plugin()).with_context(|| format!("make {}", self.plugin().display()))?;
+        for node in &lab.nodes {
+            self.server.put(agent_pod(&node.host.name))?;
+        }
+        let (nodes, shroud) = (lab.nodes.clone(), shroud.to_owned());
+        self.server.on_exec(move |exec| {
+            let node = nodes.iter().find(|node| node.host.name == exec.node);
+            let ran = node.context("no such node").and_then(|node| run(node, &shroud, exec));
+            ran.unwrap_or_else(|error| Executed::Failed(format!("{error:#}")))
+        });
+        Ok(())
+    }
+
     /// Replaces the deny list; each line a node, a key or a fingerprint.
     pub fn deny(&self, lines: &str) -> Result<()> {
         let map = json!({
@@ -153,6 +175,42 @@ impl Cluster {
             .as_str()
             .map(str::to_owned))
     }
+}
+
+/// The name of the pod of a node's agent.
+pub fn agent_pod_name(node: &str) -> String {
+    format!("shroud-{node}")
+}
+
+/// The pod of a node's agent, as the DaemonSet of deploy/ and the kubelet make it.
+pub fn agent_pod(node: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": agent_pod_name(node),
+            "namespace": NAMESPACE,
+            "labels": { "app.kubernetes.io/name": "shroud", "app.kubernetes.io/component": "agent" },
+        },
+        "spec": { "nodeName": node, "containers": [{ "name": "agent", "image": "shroud" }] },
+        "status": { "phase": "Running" },
+    })
+}
+
+/// Runs a command of an agent's pod on the node. The socket, which in the pod is where it always is, has its own place there.
+fn run(node: &Node, shroud: &Path, exec: &Exec) -> Result<Executed> {
+    let (program, arguments) = exec.command.split_first().context("no command")?;
+    ensure!(program == "/usr/bin/shroud", "{program}: no such file or directory");
+    let socket = agent::socket(node);
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    arguments.extend(["--socket", socket.to_str().context("the socket's path is text")?]);
+    let shroud = shroud.to_str().context("the program's path is text")?;
+    let output = node.host.netns.exec(shroud, &arguments)?;
+    Ok(Executed::Ended {
+        stdout: output.stdout.into_bytes(),
+        stderr: output.stderr.into_bytes(),
+        code: output.status.code().context("killed by a signal")?,
+    })
 }
 
 /// A Node object as kubelet and controllers make it: its labels, pod CIDRs and addresses.

@@ -221,6 +221,9 @@ fn raise(lab: Lab, options: &Options, agent: &AgentOptions) -> Result<(Capture, 
         .kubernetes
         .then(|| Cluster::start(&lab, ClusterOptions::default()));
     let cluster = cluster.transpose()?;
+    if let Some(cluster) = &cluster {
+        cluster.add_agent_pods(&lab, &options.shroud)?;
+    }
     let allowed = match &cluster {
         Some(cluster) => cluster.allowed(&lab),
         None => Allowed::wireguard(LISTEN_PORT, lab.protected()),
@@ -504,9 +507,11 @@ pub fn tour(mesh: &Mesh, options: &Options) -> String {
     if let Some(cluster) = cluster {
         text.push_str(&format!(
             "\n  the cluster (kubectl is Debian's kubernetes-client)\n    \
-             ip netns exec {} kubectl --kubeconfig {} get nodes -o yaml\n",
-            lab.underlay.name(),
-            cluster.admin().display()
+             ip netns exec {netns} kubectl --kubeconfig {admin} get nodes -o yaml\n    \
+             ip netns exec {netns} {} status --kubeconfig {admin}\n",
+            cluster.plugin().display(),
+            netns = lab.underlay.name(),
+            admin = cluster.admin().display(),
         ));
     }
     let (a, b) = (&lab.nodes[0], &lab.nodes[1]);

@@ -115,6 +115,16 @@ checks! {
     OverlayConflict = "overlay-conflict",
     /// A node is known and kept out.
     NodeRefused = "node-refused",
+    /// An agent does not know a node of the cluster.
+    PeerUnknown = "peer-unknown",
+    /// A node has another key than others take for its key.
+    KeyDiffers = "key-differs",
+    /// The configuration leaves traffic between two nodes in the clear.
+    PairPlain = "pair-plain",
+    /// A node of the cluster has no agent.
+    AgentMissing = "agent-missing",
+    /// The agent of a node does not answer.
+    AgentSilent = "agent-silent",
     /// A route that is not ours is where ours should go.
     RouteForeign = "route-foreign",
     /// Addresses, routes or kernel settings could not be read or changed.

@@ -1,13 +1,22 @@
 //! The command line: what can be asked, and what the exit code means.
 
+use std::ffi::OsStr;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 use shroud_model::NodeName;
+
+/// The name under which this program is a plugin of `kubectl`.
+const PLUGIN: &str = "kubectl-shroud";
+
+/// Whether this program was started, by this name, as a plugin of `kubectl`.
+pub(crate) fn is_plugin(name: Option<&OsStr>) -> bool {
+    name.and_then(|name| Path::new(name).file_name()) == Some(OsStr::new(PLUGIN))
+}
 
 /// What the process tells its caller. `docs/reference.md` lists the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +27,7 @@ pub(crate) enum Exit {
     Degraded,
     /// The command line or the configuration cannot be used. (clap exits with the same number.)
     Usage,
-    /// The agent does not answer.
+    /// The agent, or the cluster, does not answer.
     Unreachable,
     /// `shroud wire` cannot have its device: it is another process's, or no TUN device of ours. (The tunnel crate reads this number.)
     DeviceTaken,
@@ -36,14 +45,12 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// The codes a caller meets, for the end of the help.
+const CODES: &str = "Exit codes: 0 healthy or done, 1 degraded or failed, 2 usage or configuration refused, 3 agent unreachable, 4 (wire) device taken.";
+
 /// Encrypts and carries pod traffic between nodes.
 #[derive(Debug, Parser)]
-#[command(
-    name = "shroud",
-    version,
-    after_help = "Exit codes: 0 healthy or done, 1 degraded or failed, 2 usage or configuration refused, 3 agent unreachable, \
-                  4 (wire) device taken."
-)]
+#[command(name = "shroud", version, after_help = CODES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -131,6 +138,45 @@ pub(crate) enum ConfigCommand {
     },
 }
 
+/// Asks all agents of a cluster.
+#[derive(Debug, Parser)]
+#[command(name = "kubectl shroud", bin_name = "kubectl shroud", version, after_help = CODES)]
+pub(crate) struct Plugin {
+    #[command(subcommand)]
+    pub(crate) command: PluginCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PluginCommand {
+    /// Says whether every node's traffic to every other one is encrypted, and if not, which is not and why.
+    Status(ClusterView),
+}
+
+/// Which cluster to ask, and how to print the answer.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ClusterView {
+    /// The file with address and credentials, instead of those that `kubectl` would use.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// The context in there, instead of the current one.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) context: Option<String>,
+    /// The namespace of the agents' pods.
+    #[arg(short, long, value_name = "NAME", default_value = "shroud-system")]
+    pub(crate) namespace: String,
+    /// The labels of the agents' pods.
+    #[arg(
+        short = 'l',
+        long,
+        value_name = "LABELS",
+        default_value = "app.kubernetes.io/name=shroud,app.kubernetes.io/component=agent"
+    )]
+    pub(crate) selector: String,
+    /// How to print the answer.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub(crate) output: Output,
+}
+
 /// Whom to ask, and how to print the answer.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct View {
@@ -202,5 +248,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+        Plugin::command().debug_assert();
+    }
+
+    #[test]
+    fn the_name_decides_whether_it_is_a_plugin() {
+        for (name, expected) in [
+            ("/usr/local/bin/kubectl-shroud", true),
+            ("kubectl-shroud", true),
+            ("/usr/bin/shroud", false),
+            ("/opt/kubectl-shroud/shroud", false),
+            ("", false),
+        ] {
+            assert_eq!(is_plugin(Some(OsStr::new(name))), expected, "{name}");
+        }
+        assert!(!is_plugin(None));
     }
 }

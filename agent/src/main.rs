@@ -1,11 +1,12 @@
 //! Shroud: the node daemon that encrypts and carries pod traffic between nodes, and its command line.
 //!
 //! `main` parses, dispatches and turns errors into exit codes; each command lives in a module of its own. [`daemon`] is the one place
-//! that knows every other crate.
+//! that knows every other crate. Under the name `kubectl-shroud` this is a plugin of `kubectl` and has another command line.
 
 mod check;
 mod cleanup;
 mod cli;
+mod cluster;
 mod cni;
 mod config;
 mod convergence;
@@ -29,16 +30,24 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use shroud_keyd::FailureKind;
+use shroud_keyd::kubernetes::Cluster;
 use shroud_model::NodeName;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Cli, Command, ConfigCommand, Exit, LogFormat, Output, View};
+use crate::cli::{Cli, ClusterView, Command, ConfigCommand, Exit, LogFormat, Output, Plugin, PluginCommand, View};
 use crate::config::Config;
 use crate::serve::{NoAnswer, Request};
 use crate::status::{Explanation, GateCounters, Status, Verdict};
 
 fn main() -> ExitCode {
-    run(Cli::parse().command).into()
+    let exit = if cli::is_plugin(std::env::args_os().next().as_deref()) {
+        let PluginCommand::Status(view) = Plugin::parse().command;
+        cluster_status(&view)
+    } else {
+        run(Cli::parse().command)
+    };
+    exit.into()
 }
 
 fn run(command: Command) -> Exit {
@@ -144,6 +153,47 @@ fn ask<T: serde::de::DeserializeOwned>(view: &View, request: &Request, show: imp
         Err(error @ NoAnswer::Unreachable { .. }) => complain(&error, Exit::Unreachable),
         Err(error @ NoAnswer::Refused(_)) => complain(&error, Exit::Degraded),
     }
+}
+
+fn cluster_status(view: &ClusterView) -> Exit {
+    let asked = Cluster {
+        kubeconfig: view.kubeconfig.clone(),
+        context: view.context.clone(),
+        namespace: view.namespace.clone(),
+        selector: view.selector.clone(),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return complain(&format_args!("start tokio: {error}"), Exit::Degraded),
+    };
+    // By its place in the image, which has no search path.
+    let answers = match runtime.block_on(asked.ask(&["/usr/bin/shroud", "status", "--output", "json"])) {
+        Ok(answers) => answers,
+        Err(error) => {
+            let unusable = matches!(
+                error,
+                shroud_keyd::Error::ApiServer {
+                    kind: FailureKind::Credentials,
+                    ..
+                }
+            );
+            return complain(&error, if unusable { Exit::Usage } else { Exit::Unreachable });
+        }
+    };
+    if answers.values().all(Option::is_none) {
+        let why = format_args!(
+            "no pod in the namespace {} has the labels {}: is Shroud installed there? (--namespace, --selector)",
+            view.namespace, view.selector
+        );
+        return complain(&why, Exit::Unreachable);
+    }
+    let heard = answers.into_iter().map(|(node, asked)| {
+        let heard = cluster::heard(&node, asked);
+        (node, heard)
+    });
+    let status = cluster::judge(&heard.collect());
+    print(&render::render(&status, view.output, render::cluster));
+    exit_for(status.verdict)
 }
 
 fn clean_up(file: &Path, output: Output) -> Exit {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Arg, CommandFactory};
 use serde_json::Value;
 
-use crate::cli::{Cli, Exit};
+use crate::cli::{Cli, Exit, Plugin};
 use crate::config::Config;
 use crate::http::Endpoint;
 use crate::metrics;
@@ -108,9 +108,10 @@ fn plain(value: &Value) -> String {
 #[test]
 fn every_argument_is_listed_with_its_default() {
     let mut known = BTreeMap::new();
-    let mut command = Cli::command();
-    command.build();
-    arguments("", &command, &mut known);
+    for mut command in [Cli::command(), Plugin::command()] {
+        command.build();
+        arguments("", &command, &mut known);
+    }
 
     assert_eq!(defaults("Argument | Default | Meaning"), known);
 }

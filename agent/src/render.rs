@@ -1,5 +1,7 @@
 //! Answers for people: the verdict in one line, then columns. NO_COLOR and pipes are honoured by the stream that prints them.
 
+mod cluster;
+
 use std::collections::BTreeSet;
 
 use anstyle::{AnsiColor, Style};
@@ -9,6 +11,8 @@ use serde::Serialize;
 use crate::cleanup::Cleaned;
 use crate::cli::Output;
 use crate::status::{Explanation, GateCounters, OptOutStatus, Outcome, PeerStatus, Status, Verdict};
+
+pub(crate) use self::cluster::cluster;
 
 const GOOD: Style = AnsiColor::Green.on_default().bold();
 const BAD: Style = AnsiColor::Red.on_default().bold();
@@ -30,7 +34,7 @@ pub(crate) fn render<T: Serialize>(answer: &T, output: Output, table: impl Fn(&T
 
 /// The verdict, the peers, and what needs a look.
 pub(crate) fn status(status: &Status, wide: bool) -> String {
-    let mut lines = vec![verdict_line(status)];
+    let mut lines = vec![verdict_line(status.verdict, &status.summary)];
     let gate = &status.gate;
     lines.push(format!(
         "{FAINT}node {}  key {}  {} {} on port {}  gate {} on {}{FAINT:#}",
@@ -111,12 +115,12 @@ fn opt_out_table(opted_out: &[OptOutStatus], wide: bool) -> String {
     }
 }
 
-fn verdict_line(status: &Status) -> String {
-    let (style, word) = match status.verdict {
+fn verdict_line(verdict: Verdict, summary: &str) -> String {
+    let (style, word) = match verdict {
         Verdict::Healthy => (GOOD, "healthy"),
         Verdict::Degraded => (BAD, "degraded"),
     };
-    format!("{style}{word}{style:#}: {}", printable(&status.summary))
+    format!("{style}{word}{style:#}: {}", printable(summary))
 }
 
 /// The table of peers.

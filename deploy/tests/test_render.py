@@ -93,6 +93,20 @@ class Chart(unittest.TestCase):
         self.assertNotEqual(annotations({"config": {"resync": "5s"}}), plain)
         self.assertEqual(annotations({"denied": ["node-7 stolen"], "prometheusRule": {"enabled": True}}), plain)
 
+    def test_kubectl_shroud_finds_the_agents_by_default(self):
+        daemonset = chart.documents(chart.case("default"))["DaemonSet/shroud"]
+        reference = (chart.ROOT / "docs" / "reference.md").read_text()
+
+        def default(argument):
+            return re.search(rf"^\| `kubectl shroud status --{argument}` \| `(.*?)` \|", reference, re.M).group(1)
+
+        labels = daemonset["spec"]["template"]["metadata"]["labels"]
+        wanted = dict(label.split("=") for label in default("selector").split(","))
+        self.assertEqual({key: labels.get(key) for key in wanted}, wanted)
+        self.assertEqual(default("namespace"), daemonset["metadata"]["namespace"])
+        asked = (chart.ROOT / "keyd" / "src" / "kubernetes" / "agents.rs").read_text()
+        containers = [container["name"] for container in daemonset["spec"]["template"]["spec"]["containers"]]
+        self.assertEqual(containers, re.findall(r'^const CONTAINER: &str = "(.*)";$', asked, re.M))
 
     def test_the_deny_list_is_lines_as_the_agent_reads_them(self):
         document = chart.documents(chart.case("names"))["ConfigMap/veil-denied"]

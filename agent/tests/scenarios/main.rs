@@ -29,6 +29,7 @@ mod nodes;
 mod opt_out;
 mod overlay;
 mod pair;
+mod plugin;
 mod reconcile;
 mod refused;
 mod secrets;

@@ -146,10 +146,10 @@ impl Keeper {
         loop {
             tokio::select! {
                 event = events.recv() => {
-                    self.take(event.context("whoever follows the directory's source ended")?);
-                    while let Ok(event) = events.try_recv() {
-                        self.take(event);
-                    }
+                    let mut row = vec![event.context("whoever follows the directory's source ended")?];
+                    row.extend(std::iter::from_fn(|| events.try_recv().ok()));
+                    row.iter().for_each(|event| self.note(event));
+                    self.directory.take(row);
                     unsaved = true;
                 }
                 changed = presence.changed() => changed.context("the reconcile thread is gone")?,
@@ -166,7 +166,7 @@ impl Keeper {
                 unsaved = false;
             }
             if self.tell() {
-                wake(&wakes)?;
+                wake(&wakes, Wake::Mesh)?;
             }
         }
     }
@@ -209,33 +209,30 @@ impl Keeper {
         matches!(self.config.directory, config::Directory::File(_))
     }
 
-    fn take(&mut self, event: Event) {
+    /// Takes note of how the source fares.
+    fn note(&mut self, event: &Event) {
         match event {
-            Event::Listed(list) => {
+            Event::Listed(_) => {
                 if self.follows_a_folder() {
                     self.telemetry.send_modify(|telemetry| telemetry.lists += 1);
                 }
                 self.source_problem = None;
-                self.directory.reset(list);
             }
-            Event::Applied(record) => self.directory.apply(record),
-            Event::Deleted(node) => self.directory.delete(&node),
-            Event::Denied(denied) => self.directory.deny(denied),
-            Event::OptedOut(opted_out) => self.directory.opt_out(opted_out),
             Event::Silent(problem) => {
                 if self.follows_a_folder() {
                     self.telemetry
                         .send_modify(|telemetry| telemetry.count(FailureKind::Folder));
                 }
-                if self.source_problem.as_deref() != Some(&problem) {
+                if self.source_problem.as_ref() != Some(problem) {
                     warn!(problem, "the directory's source is silent; what is known stays");
                 }
-                self.source_problem = Some(problem);
+                self.source_problem = Some(problem.clone());
             }
             Event::Answers => {
                 info!("the directory's source answers again");
                 self.source_problem = None;
             }
+            Event::Applied(_) | Event::Deleted(_) | Event::Denied(_) | Event::OptedOut(_) => {}
         }
     }
 

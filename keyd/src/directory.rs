@@ -33,7 +33,7 @@ use self::ranges::Ranges;
 use self::verify::{Claims, first_other};
 use crate::announcement::{Backend, EncryptScope, Mode};
 use crate::words::words;
-use crate::{Announcement, Excerpt, OptOuts, Record, Refusal, Unreadable, Zone};
+use crate::{Announcement, Event, Excerpt, OptOuts, Record, Refusal, Unreadable, Zone};
 
 /// The most nodes a directory keeps, this one not counted.
 pub const MAX_NODES: usize = 10_000;
@@ -360,6 +360,8 @@ pub struct Directory {
     unreadable: BTreeSet<Unreadable>,
     brake: Option<Brake>,
     left_out: usize,
+    /// Whether anybody claims what he does not hold.
+    disputed: bool,
     origin: Option<Origin>,
     snapshot: Option<Arc<Snapshot>>,
 }
@@ -386,6 +388,45 @@ enum Change {
     Some,
 }
 
+/// What a row of events that is settled together is about.
+#[derive(Default)]
+struct Row {
+    nodes: BTreeSet<NodeName>,
+    keys: BTreeSet<PublicKey>,
+    prefixes: BTreeSet<Prefix>,
+    addresses: BTreeSet<IpAddr>,
+}
+
+impl Row {
+    /// Takes an event in, and answers whether it meets one that was there before: it is about the same node, or another that claims the
+    /// same, or about all of them.
+    fn meets(&mut self, event: &Event) -> bool {
+        match event {
+            Event::Listed(_) => true,
+            Event::Deleted(node) => !self.nodes.insert(node.clone()),
+            Event::Applied(Err(bad)) => match &bad.node {
+                Some(node) => !self.nodes.insert(node.clone()),
+                None => false,
+            },
+            Event::Applied(Ok(record)) => {
+                let raw = record.announcement.as_deref();
+                let announced = raw.and_then(|raw| Announcement::parse(raw).ok());
+                let mut met = !self.nodes.insert(record.node.clone());
+                met |= announced.is_some_and(|known| !self.keys.insert(known.public_key));
+                // All of them are taken in, whatever the answer is by now.
+                for prefix in record.pod_prefixes.iter().copied() {
+                    met |= !self.prefixes.insert(prefix);
+                }
+                for address in record.addresses.iter().copied() {
+                    met |= !self.addresses.insert(address);
+                }
+                met
+            }
+            Event::Denied(_) | Event::OptedOut(_) | Event::Silent(_) | Event::Answers => false,
+        }
+    }
+}
+
 /// A list that nobody believes until it is repeated.
 struct Brake {
     names: BTreeSet<NodeName>,
@@ -409,6 +450,7 @@ impl Directory {
             unreadable: BTreeSet::new(),
             brake: None,
             left_out: 0,
+            disputed: false,
             origin: None,
             snapshot: None,
         }
@@ -450,6 +492,44 @@ impl Directory {
         }
     }
 
+    /// Takes what a source said in a row, as [`reset`](Self::reset) and the others take each, and decides once at the end: with thousands of
+    /// nodes that is most of the work. Where the order matters, what came earlier is settled first: before a list, before a second word about a
+    /// node or its claims, and while anybody claims what another holds.
+    pub fn take(&mut self, events: impl IntoIterator<Item = Event>) {
+        let (mut row, mut unsettled) = (Row::default(), Change::None);
+        for event in events {
+            if (row.meets(&event) || self.disputed) && unsettled == Change::Some {
+                self.settle();
+                (row, unsettled) = (Row::default(), Change::None);
+                row.meets(&event);
+            }
+            let change = match event {
+                Event::Listed(list) => {
+                    self.reset(list);
+                    (row, unsettled) = (Row::default(), Change::None);
+                    continue;
+                }
+                Event::Applied(record) => self.enter_one(record),
+                Event::Deleted(node) => self.remove(&node),
+                Event::Denied(denied) => {
+                    self.denied = denied;
+                    Change::Some
+                }
+                Event::OptedOut(opted_out) => {
+                    self.opted_out = opted_out;
+                    Change::Some
+                }
+                Event::Silent(_) | Event::Answers => Change::None,
+            };
+            if change == Change::Some {
+                unsettled = Change::Some;
+            }
+        }
+        if unsettled == Change::Some {
+            self.settle();
+        }
+    }
+
     /// Takes a source's complete list, in any order. A node that is listed twice with different words counts as unreadable.
     pub fn reset(&mut self, list: Vec<Result<Record, Unreadable>>) {
         let (records, unreadable) = sort(list);
@@ -473,29 +553,40 @@ impl Directory {
     /// Takes one node's record, or that it cannot be read; then what was known of the node stays. Before the first complete list it is only
     /// kept.
     pub fn apply(&mut self, record: Result<Record, Unreadable>) {
+        if self.enter_one(record) == Change::Some {
+            self.settle();
+        }
+    }
+
+    fn enter_one(&mut self, record: Result<Record, Unreadable>) -> Change {
         let record = match record {
             Ok(record) => record,
             Err(bad) => {
                 self.unreadable.retain(|known| known.node != bad.node);
                 self.unreadable.insert(bad);
-                return self.settle();
+                return Change::Some;
             }
         };
         let settled = self.unreadable.is_empty() && self.brake.is_none();
         self.unreadable.retain(|bad| bad.node.as_ref() != Some(&record.node));
         self.release_brake(&record.node);
         if self.enter(record, None) == Change::None && settled {
-            return;
+            return Change::None;
         }
-        self.settle();
+        Change::Some
     }
 
     /// Removes one node at once, because the authority says that it is gone.
     pub fn delete(&mut self, node: &NodeName) {
+        self.remove(node);
+        self.settle();
+    }
+
+    fn remove(&mut self, node: &NodeName) -> Change {
         self.unreadable.retain(|bad| bad.node.as_ref() != Some(node));
         self.release_brake(node);
         self.forget(node);
-        self.settle();
+        Change::Some
     }
 
     /// Takes the operator's complete deny list: names of nodes, their keys or the keys' fingerprints, each with a remark. Who is on it is
@@ -604,6 +695,7 @@ impl Directory {
     /// Decides who holds what, and who is a peer.
     fn settle(&mut self) {
         let Some(origin) = self.origin else { return };
+        // Only of those against whom there is something.
         let mut reasons: BTreeMap<NodeName, Vec<Reason>> = BTreeMap::new();
         for (node, entry) in &self.entries {
             let own = entry
@@ -622,13 +714,18 @@ impl Directory {
                 what,
                 remark: Excerpt::of(remark),
             });
-            reasons.insert(node.clone(), denied.into_iter().chain(own).collect());
+            let against: Vec<Reason> = denied.into_iter().chain(own).collect();
+            if !against.is_empty() {
+                reasons.insert(node.clone(), against);
+            }
         }
-        for (node, reason) in self.settle_keys().into_iter().chain(self.settle_prefixes()) {
+        let mut lost = self.settle_keys();
+        lost.extend(self.settle_prefixes());
+        let contested = self.settle_addresses();
+        self.disputed = !lost.is_empty() || !contested.is_empty();
+        for (node, reason) in lost {
             reasons.entry(node).or_default().push(reason);
         }
-
-        let contested = self.settle_addresses();
 
         let mut held: BTreeMap<&NodeName, BTreeSet<Prefix>> = BTreeMap::new();
         for (&prefix, node) in &self.prefixes {

@@ -12,7 +12,7 @@ use shroud_keyd::announcement::{Backend, EncryptScope, Mode};
 use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, MAX_OPT_OUTS, Origin, Own};
 use shroud_keyd::opt_out::OptOutBy;
 use shroud_keyd::{
-    Announcement, Directory, Excerpt, Local, OptOut, OptOuts, Peer, Problem, Reason, Record, Refusal, Snapshot,
+    Announcement, Directory, Event, Excerpt, Local, OptOut, OptOuts, Peer, Problem, Reason, Record, Refusal, Snapshot,
     Unreadable,
 };
 use shroud_model::{InvalidKey, NodeName, Prefix, PublicKey};
@@ -1077,6 +1077,25 @@ fn take(directory: &mut Directory, step: Step) {
 }
 
 proptest! {
+    #[test]
+    fn a_row_of_events_ends_as_one_by_one(steps in prop::collection::vec(step(), 0..12)) {
+        let (mut by_one, mut in_a_row) = (directory(), directory());
+        by_one.reset(Vec::new());
+        in_a_row.reset(Vec::new());
+        let events = steps.iter().filter_map(|step| match step.clone() {
+            Step::Apply(record) => Some(Event::Applied(Ok(record))),
+            Step::Delete(node) => Some(Event::Deleted(node)),
+            Step::Reset(list) => Some(Event::Listed(list)),
+            Step::Restart => None,
+        });
+        in_a_row.take(events.collect::<Vec<_>>());
+        for step in steps.into_iter().filter(|step| !matches!(step, Step::Restart)) {
+            take(&mut by_one, step);
+        }
+
+        prop_assert_eq!(snapshot(&by_one), snapshot(&in_a_row));
+    }
+
     #[test]
     fn no_two_nodes_ever_share_a_key_or_an_address(steps in prop::collection::vec(step(), 0..24)) {
         let mut directory = directory();

@@ -3,7 +3,7 @@
 //! ```text
 //!  thread "main", tokio                              thread "reconcile", plain
 //!   directory  ── Mesh (watch) ──────────────────────> pass: look, plan, gate, tunnel, routing
-//!   monitor    ── Dirty ─────────────────────────────>   │
+//!   monitor    ── Kernel ────────────────────────────>   │
 //!   server     ── Question ──────────────────────────>   │
 //!   publisher  <───────────── Presence (watch) ──────────┤
 //!                                                        │
@@ -64,6 +64,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
     let (http_problem, http) = watch::channel(None);
     let (question_sender, questions) = mpsc::channel(16);
     let monitor = Monitor::open().context("subscribe to netlink changes")?;
+    let own_port = monitor.ignore();
     let listener = serve::bind(&config.socket()).with_context(|| format!("make {}", config.socket().display()))?;
     let directory = directory::Keeper::new(&config, key.public, mesh_sender, source_sender);
     let (listen, stuck_after) = (config.http.listen, http::stuck_after(*config.resync));
@@ -73,6 +74,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
         presence: presence_sender,
         http,
         pulse: pulse_sender,
+        own_port,
     };
 
     let (ended_sender, ended) = oneshot::channel::<()>();
@@ -128,7 +130,7 @@ fn failed(part: &str, result: anyhow::Result<()>) -> anyhow::Error {
 async fn follow(mut monitor: Monitor, wakes: SyncSender<Wake>) -> anyhow::Result<()> {
     loop {
         monitor.changed().await?;
-        wake(&wakes)?;
+        wake(&wakes, Wake::Kernel)?;
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Each pass looks at the machine, plans, and brings each driver from what it observes to what is planned: the gate first, so that
 //! existing secured traffic keeps flowing and what cannot be secured yet is dropped; if we crash on any line, both stay true. A wake-up
-//! only says "look again"; there is no second path for start, change, drift or restart.
+//! only says "look again"; there is no second path for start, change, drift or restart. A pass for which only the mesh has changed may save
+//! itself the look at what nobody else has touched.
 
 mod answers;
 mod memory;
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
@@ -22,8 +24,8 @@ use shroud_keyd::directory::{Origin, Own};
 use shroud_keyd::{NodeKey, Snapshot, Telemetry};
 use shroud_model::{OverlayFormat, Prefix};
 use shroud_overlay::Overlay;
-use shroud_routing::Kernel;
 use shroud_routing::path_mtu::Prober;
+use shroud_routing::{Facts, Hop, Kernel};
 use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
@@ -40,15 +42,19 @@ use crate::status::DirectoryStatus;
 
 pub(crate) use self::tally::Tally;
 
-/// Changes come in bursts; a burst is one reason to look.
+/// Changes come in bursts; a burst is one reason to look. This long at least is between two passes.
 const SETTLE: Duration = Duration::from_millis(50);
+/// How long the first change is kept waiting for those that come with it.
+const BURST: Duration = Duration::from_millis(10);
 /// How many of the latest changes and drops are kept for the status.
 const REMEMBERED: usize = 20;
 
 /// What the loop is told.
 pub(crate) enum Wake {
-    /// Something may have changed.
-    Dirty,
+    /// The mesh has changed.
+    Mesh,
+    /// Somebody else changed something in the kernel.
+    Kernel,
     /// Somebody wants to know something.
     Question {
         request: Request,
@@ -90,14 +96,16 @@ pub(crate) struct Wiring {
     pub(crate) http: watch::Receiver<Option<Problem>>,
     /// When the last pass ended, for whoever answers probes.
     pub(crate) pulse: watch::Sender<Instant>,
+    /// For whoever listens to the kernel: by which netlink port it knows us.
+    pub(crate) own_port: Arc<AtomicU32>,
 }
 
-/// Says "look again"; when the queue is full, somebody has said so already.
+/// Says why to look again; when the queue is full, there will be a look anyway.
 ///
 /// # Errors
 /// When nobody looks any more.
-pub(crate) fn wake(wakes: &SyncSender<Wake>) -> anyhow::Result<()> {
-    match wakes.try_send(Wake::Dirty) {
+pub(crate) fn wake(wakes: &SyncSender<Wake>, why: Wake) -> anyhow::Result<()> {
+    match wakes.try_send(why) {
         Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
         Err(TrySendError::Disconnected(_)) => Err(anyhow!("the reconcile thread is gone")),
     }
@@ -115,6 +123,8 @@ pub(crate) struct Reconciler {
     kernel: Kernel,
     prober: Prober,
     wiring: Wiring,
+    /// The gate as the last pass left it, where that is known without a look.
+    gate_as_left: Option<shroud_ebpf::Observed>,
     /// Whether the directory is only a memory of an earlier run.
     from_memory: bool,
     /// Whether pods may opt out, and nobody can say which have.
@@ -188,6 +198,7 @@ impl Reconciler {
         let tunnel = Tunnel::new(tunnel_options(&config));
         let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
         let kernel = Kernel::open().context("open routing netlink")?;
+        wiring.own_port.store(kernel.port(), Ordering::Relaxed);
         let prober = Prober::start()?;
         Ok(Self {
             config,
@@ -199,6 +210,7 @@ impl Reconciler {
             kernel,
             prober,
             wiring,
+            gate_as_left: None,
             from_memory: false,
             opt_outs_unknown: false,
             last: None,
@@ -212,24 +224,37 @@ impl Reconciler {
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self, wakes: &Receiver<Wake>) {
+        let mut next_look = Instant::now();
         loop {
             let begun = Instant::now();
-            let report = self.pass(begun);
+            let looks = begun >= next_look;
+            let report = self.pass(begun, looks);
             self.tally.add(&report, begun.elapsed());
-            self.wiring.pulse.send_replace(Instant::now());
-            let mut deadline = Instant::now() + *self.config.resync;
+            let ended = Instant::now();
+            self.wiring.pulse.send_replace(ended);
+            if looks {
+                next_look = ended + *self.config.resync;
+            }
+            if !report.failures.is_empty() {
+                // What we take for granted may be wrong.
+                next_look = next_look.min(ended + SETTLE);
+            }
+            let mut deadline = next_look;
             loop {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     // However many questions there are, a pass comes first.
                     break;
                 }
+                let soon = || Instant::now().max(ended + SETTLE);
                 match wakes.recv_timeout(left) {
-                    Ok(Wake::Dirty) => {
-                        if self.wiring.mesh.has_changed().unwrap_or(false) {
-                            self.take_note_of_peers(Instant::now());
-                        }
-                        deadline = deadline.min(Instant::now() + SETTLE);
+                    Ok(Wake::Mesh) => {
+                        self.take_note_of_peers(Instant::now());
+                        deadline = deadline.min(soon().max(Instant::now() + BURST));
+                    }
+                    Ok(Wake::Kernel) => {
+                        next_look = next_look.min(soon());
+                        deadline = deadline.min(next_look);
                     }
                     Ok(Wake::Question { request, answer }) => {
                         // Whoever asked may have gone; then nobody misses the answer.
@@ -250,8 +275,9 @@ impl Reconciler {
         }
     }
 
-    /// Compares the kernel with the plan once, and mends what differs.
-    fn pass(&mut self, begun: Instant) -> Report {
+    /// Compares the kernel with the plan once, and mends what differs. Unless it `looks`, what this machine is like around us is taken from the
+    /// last pass: then only the mesh has changed, and looking at all ways to thousands of peers would be most of the work.
+    fn pass(&mut self, begun: Instant, looks: bool) -> Report {
         let mut report = Report::default();
         self.take_note_of_peers(begun);
         let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
@@ -263,7 +289,7 @@ impl Reconciler {
         self.choose(&mut report);
         let converged = match known {
             Some(snapshot) => {
-                let converged = self.converge(&snapshot, &mut report);
+                let converged = self.converge(&snapshot, looks, &mut report);
                 if let Ok((plan, _)) = &converged {
                     attaches_pods = self.ensure_cni(plan, &snapshot.own.pod_prefixes, &mut report);
                 }
@@ -347,10 +373,24 @@ impl Reconciler {
 
     /// Gate, tunnel, overlay, routing, in this order; overlay devices go only when no route leads to them any more. Where that changed a
     /// device, gate and routes are planned again: its number and its presence are part of both.
-    fn converge(&mut self, snapshot: &Snapshot, report: &mut Report) -> anyhow::Result<(Plan, Surroundings)> {
-        let surroundings = self.look(snapshot)?;
+    fn converge(
+        &mut self,
+        snapshot: &Snapshot,
+        looks: bool,
+        report: &mut Report,
+    ) -> anyhow::Result<(Plan, Surroundings)> {
+        // Where our pods are depends on which addresses they have.
+        let known = self
+            .last
+            .as_ref()
+            .filter(|last| !looks && last.snapshot.own == snapshot.own);
+        let known = known.map(|last| last.surroundings.clone());
+        let surroundings = match known {
+            Some(known) => self.look_for_new(snapshot, known)?,
+            None => self.look(snapshot)?,
+        };
         let plan = self.plan(snapshot, &surroundings);
-        self.ensure_gate(&plan.gate, report);
+        self.ensure_gate(&plan.gate, looks, report);
         let device_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
         if self.choice.is_ok() && !report.failed(Driver::Tunnel) {
             self.convergence.configured(plan.tunnel.peers.keys(), Instant::now());
@@ -364,7 +404,7 @@ impl Reconciler {
         let surroundings = self.look(snapshot)?;
         let plan = self.plan(snapshot, &surroundings);
         // The gate first: nothing that a new device decrypts goes on unseen.
-        self.ensure_gate(&plan.gate, report);
+        self.ensure_gate(&plan.gate, true, report);
         let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         self.ensure_routing(&plan.routing, report);
         self.finish_overlay(&plan.overlay, &overlay, report);
@@ -409,8 +449,30 @@ impl Reconciler {
                 ..table
             };
         }
-        self.ensure_gate(&plan.gate, report);
+        self.ensure_gate(&plan.gate, true, report);
         Ok((plan, surroundings, Arc::new(nobody)))
+    }
+
+    /// What this machine looked like around us, and the ways to peers that are new.
+    fn look_for_new(&mut self, snapshot: &Snapshot, known: Surroundings) -> anyhow::Result<Surroundings> {
+        let mut hops = known.hops;
+        let wanted = addresses_of_interest(snapshot);
+        hops.retain(|address, _| wanted.contains(address));
+        let new = wanted
+            .into_iter()
+            .filter(|address| !hops.contains_key(address))
+            .collect();
+        let found = self
+            .kernel
+            .lookup_all(&new, Some(self.config.gate.tunnel_mark))
+            .context("look up the routes to new peers")?;
+        hops.extend(found);
+        Ok(Surroundings {
+            pod_devices: pod_devices(&self.config, &known.facts, &hops),
+            hops,
+            paths: self.prober.snapshot(),
+            ..known
+        })
     }
 
     /// What this machine looks like around us.
@@ -423,18 +485,13 @@ impl Reconciler {
             .kernel
             .lookup_all(&addresses_of_interest(snapshot), Some(self.config.gate.tunnel_mark))
             .context("look up the routes to peers")?;
-        let mut pod_devices = facts.pod_route_devices.clone();
-        pod_devices.remove(&self.config.encryption.device);
-        for uplink in uplinks(&self.config, &facts, &hops) {
-            pod_devices.remove(&uplink);
-        }
         let overlay = self.overlay.observe().context("look at overlay devices")?;
         let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
         let encryption_device = encryption_device.filter(|_| self.encrypts_with_our_key());
         Ok(Surroundings {
+            pod_devices: pod_devices(&self.config, &facts, &hops),
             facts,
             hops,
-            pod_devices,
             encryption_device,
             overlay_devices: overlay.devices.into_keys().collect(),
             paths: self.prober.snapshot(),
@@ -458,10 +515,14 @@ impl Reconciler {
         device.public_key == Some(self.key.public)
     }
 
-    fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, report: &mut Report) {
-        let observed = match self.gate.observe() {
-            Ok(observed) => observed,
-            Err(error) => return report.fail(Driver::Gate, &error.into()),
+    /// Unless it `looks`, the gate is taken to be as the last pass left it: reading the table of thousands of peers takes longer than changing it.
+    fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, looks: bool, report: &mut Report) {
+        let observed = match self.gate_as_left.take().filter(|_| !looks) {
+            Some(left) => left,
+            None => match self.gate.observe() {
+                Ok(observed) => observed,
+                Err(error) => return report.fail(Driver::Gate, &error.into()),
+            },
         };
         let mut desired = desired.clone();
         if let Some(table) = &observed.table {
@@ -472,10 +533,20 @@ impl Reconciler {
                 desired.table.opted_out.extend(memory::opted_out_elsewhere(table));
             }
         }
-        for change in self.allowed(shroud_ebpf::diff(&desired, &observed)) {
+        let changes = self.allowed(shroud_ebpf::diff(&desired, &observed));
+        let mut left = Some(observed);
+        for change in changes {
             let result = self.gate.apply(&change).map_err(Into::into);
+            left = match (&change, &result) {
+                (shroud_ebpf::Change::ReplaceTable { new, .. }, Ok(())) => left.map(|left| shroud_ebpf::Observed {
+                    table: Some(Table::clone(new)),
+                    ..left
+                }),
+                _ => None,
+            };
             report.note(Driver::Gate, &change, result);
         }
+        self.gate_as_left = left;
     }
 
     /// The steps that may be taken now.
@@ -614,6 +685,16 @@ impl Reconciler {
         };
         taken.into()
     }
+}
+
+/// The devices behind which this node's pods are.
+fn pod_devices(config: &Config, facts: &Facts, hops: &BTreeMap<IpAddr, Hop>) -> BTreeSet<String> {
+    let uplinks = uplinks(config, facts, hops);
+    let routed = facts.pod_route_devices.iter();
+    routed
+        .filter(|device| !uplinks.contains(*device) && **device != config.encryption.device)
+        .cloned()
+        .collect()
 }
 
 /// Whether a step of the overlay takes nothing away that a route may still lead to.

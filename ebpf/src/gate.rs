@@ -82,12 +82,19 @@ pub struct Gate {
     mechanism: Mechanism,
     programs: BTreeMap<&'static str, Program>,
     maps: BTreeMap<&'static str, MapData>,
-    prefixes: LpmTrie<MapData, [u8; size_of::<PrefixKey>()], [u8; size_of::<Entry>()]>,
+    prefixes: LpmTrie<MapData, [u8; size_of::<PrefixKey>()], RawEntry>,
     settings: Array<MapData, [u8; size_of::<Settings>()]>,
     active: Array<MapData, u32>,
+    /// What was written to each generation since somebody last looked; nothing where that is not known.
+    written: [Option<BTreeMap<Slot, RawEntry>>; 2],
     counters: PerCpuHashMap<MapData, [u8; size_of::<CounterKey>()], [u8; size_of::<Count>()]>,
     events: RingBuf<MapData>,
 }
+
+type RawKey = Key<[u8; size_of::<PrefixKey>()]>;
+type RawEntry = [u8; size_of::<Entry>()];
+/// Where an entry is: the length of its key, and the key.
+type Slot = (u32, [u8; size_of::<PrefixKey>()]);
 
 struct Program {
     handle: SchedClassifier,
@@ -123,6 +130,7 @@ impl Gate {
             prefixes: typed(&pins, PREFIXES, Map::LpmTrie)?,
             settings: typed(&pins, SETTINGS, Map::Array)?,
             active: typed(&pins, ACTIVE, Map::Array)?,
+            written: [None, None],
             counters: typed(&pins, COUNTERS, Map::PerCpuHashMap)?,
             events: typed(&pins, EVENTS, Map::RingBuf)?,
             pins,
@@ -130,11 +138,12 @@ impl Gate {
         })
     }
 
-    /// Reads back from the kernel what is attached and what the maps in force hold.
+    /// Reads back from the kernel what is attached and what the maps in force hold. What was known of them before is forgotten.
     ///
     /// # Errors
     /// Any question the kernel would not answer.
     pub fn observe(&mut self) -> Result<Observed, Error> {
+        self.written = [None, None];
         Ok(Observed {
             mechanism: self.mechanism,
             attachments: self.attachments()?,
@@ -308,17 +317,31 @@ impl Gate {
         let settings = map_error("read", SETTINGS, self.settings.get(&u32::from(generation), 0))?;
         let settings = Settings::from_bytes(&settings);
         let mut entries = BTreeMap::new();
-        for item in self.prefixes.iter() {
-            let (key, entry) = map_error("read", PREFIXES, item)?;
-            let (length, key) = (key.prefix_len(), PrefixKey::from_bytes(&key.data()));
-            if key.generation == generation {
-                let Some(prefix) = prefix(length, &key) else {
-                    return Ok(None);
-                };
-                entries.insert(prefix, Entry::from_bytes(&entry));
-            }
+        for (key, entry) in self.read_generation(generation)? {
+            let Some(prefix) = prefix(key.prefix_len(), &PrefixKey::from_bytes(&key.data())) else {
+                return Ok(None);
+            };
+            entries.insert(prefix, Entry::from_bytes(&entry));
         }
         Ok(Encoded { settings, entries }.decode())
+    }
+
+    /// All entries of one generation.
+    fn read_generation(&self, generation: u8) -> Result<Vec<(RawKey, RawEntry)>, Error> {
+        let mut entries = Vec::new();
+        for key in self.prefixes.keys() {
+            let key = map_error("read", PREFIXES, key)?;
+            if PrefixKey::from_bytes(&key.data()).generation != generation {
+                continue;
+            }
+            match self.prefixes.get(&key, 0) {
+                Ok(entry) => entries.push((key, entry)),
+                // Somebody took it away meanwhile.
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return map_error("read", PREFIXES, Err(error)),
+            }
+        }
+        Ok(entries)
     }
 
     /// Fills the generation that no packet reads, then switches with one write. It holds the table before last, which in a large mesh
@@ -326,7 +349,7 @@ impl Gate {
     fn replace_table(&mut self, table: &Table) -> Result<(), Error> {
         let next = 1 - self.generation()?;
         let encoded = table.encode()?;
-        let mut missing: BTreeMap<_, _> = encoded
+        let wanted: BTreeMap<Slot, RawEntry> = encoded
             .entries
             .iter()
             .map(|(prefix, entry)| {
@@ -335,34 +358,30 @@ impl Gate {
                 ((length, key.to_bytes()), entry.to_bytes())
             })
             .collect();
-        let mut stale = Vec::new();
-        for item in self.prefixes.iter() {
-            let (key, entry) = map_error("read", PREFIXES, item)?;
-            if PrefixKey::from_bytes(&key.data()).generation != next {
-                continue;
+        let holds = match self.written[usize::from(next)].take() {
+            Some(written) => written,
+            None => {
+                let entries = self.read_generation(next)?.into_iter();
+                entries
+                    .map(|(key, entry)| ((key.prefix_len(), key.data()), entry))
+                    .collect()
             }
-            let place = (key.prefix_len(), key.data());
-            match missing.get(&place) {
-                Some(wanted) if *wanted == entry => {
-                    missing.remove(&place);
-                }
-                // Writing goes over what is there.
-                Some(_) => {}
-                None => stale.push(key),
-            }
+        };
+        for (length, key) in holds.keys().filter(|slot| !wanted.contains_key(*slot)) {
+            map_error("empty", PREFIXES, self.prefixes.remove(&Key::new(*length, *key)))?;
         }
-        for key in stale {
-            map_error("empty", PREFIXES, self.prefixes.remove(&key))?;
-        }
-        for ((length, key), entry) in missing {
-            map_error("fill", PREFIXES, self.prefixes.insert(&Key::new(length, key), entry, 0))?;
+        for (slot, entry) in wanted.iter().filter(|(slot, entry)| holds.get(*slot) != Some(*entry)) {
+            let key = Key::new(slot.0, slot.1);
+            map_error("fill", PREFIXES, self.prefixes.insert(&key, *entry, 0))?;
         }
         map_error(
             "fill",
             SETTINGS,
             self.settings.set(u32::from(next), encoded.settings.to_bytes(), 0),
         )?;
-        map_error("switch", ACTIVE, self.active.set(0, u32::from(next), 0))
+        map_error("switch", ACTIVE, self.active.set(0, u32::from(next), 0))?;
+        self.written[usize::from(next)] = Some(wanted);
+        Ok(())
     }
 
     fn generation(&self) -> Result<u8, Error> {

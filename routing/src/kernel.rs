@@ -74,6 +74,11 @@ impl Kernel {
         })
     }
 
+    /// The netlink port by which the kernel names us as the cause of a notice, for [`Monitor::ignore`](crate::Monitor::ignore).
+    pub fn port(&self) -> u32 {
+        self.connection.port()
+    }
+
     /// Reads what is ours, and what `desired` asks for.
     ///
     /// # Errors

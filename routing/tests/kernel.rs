@@ -891,6 +891,55 @@ async fn the_monitor_wakes_for_each_kind_of_change_and_then_sleeps() {
     }
 }
 
+/// The kernel of a network namespace, which the calling thread enters.
+fn kernel_of(netns: &str) -> Kernel {
+    let file = std::fs::File::open(format!("/run/netns/{netns}")).unwrap();
+    let network = Some(rustix::thread::LinkNameSpaceType::Network);
+    rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), network).unwrap();
+    Kernel::open().unwrap()
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn what_we_change_ourselves_wakes_nobody_once_it_is_to_be_ignored() {
+    let netns = Netns::enter();
+    let mut monitor = Monitor::open().unwrap();
+    let ignored = monitor.ignore();
+    let quiet = Duration::from_millis(300);
+    let (name, added) = (netns.name().to_owned(), Duration::from_secs(5));
+    while wake(&mut monitor, quiet).await.is_some() {}
+
+    let route = |third: u8| Route {
+        destination: prefix(&format!("10.100.{third}.0/24")),
+        device: "eth0".to_owned(),
+        via: Some(ip("172.18.0.2")),
+        source: None,
+        mtu: None,
+        onlink: false,
+        encapsulation: None,
+        table: Table::Main,
+    };
+    let mut kernel = tokio::task::spawn_blocking(move || {
+        let mut kernel = kernel_of(&name);
+        kernel.apply(&Change::AddRoute(route(1))).unwrap();
+        kernel
+    })
+    .await
+    .unwrap();
+    assert_eq!(
+        wake(&mut monitor, added).await,
+        Some(Wake::Changed),
+        "nobody is ignored yet"
+    );
+
+    ignored.store(kernel.port(), std::sync::atomic::Ordering::Relaxed);
+    let changed = tokio::task::spawn_blocking(move || kernel.apply(&Change::AddRoute(route(2))));
+    changed.await.unwrap().unwrap();
+    assert_eq!(wake(&mut monitor, quiet).await, None);
+
+    netns.ip("route add 10.100.3.0/24 via 172.18.0.2 dev eth0");
+    assert_eq!(wake(&mut monitor, added).await, Some(Wake::Changed), "others are heard");
+}
+
 #[tokio::test(flavor = "current_thread")]
 async fn a_flood_of_changes_is_a_change_too() {
     let netns = Netns::enter();
@@ -898,10 +947,7 @@ async fn a_flood_of_changes_is_a_change_too() {
     let mut kernel = tokio::task::spawn_blocking({
         let name = netns.name().to_owned();
         move || {
-            let file = std::fs::File::open(format!("/run/netns/{name}")).unwrap();
-            let network = Some(rustix::thread::LinkNameSpaceType::Network);
-            rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), network).unwrap();
-            let mut kernel = Kernel::open().unwrap();
+            let mut kernel = kernel_of(&name);
             let routes = (0..4000u32).map(|n| Route {
                 destination: prefix(&format!("10.{}.{}.0/24", 100 + n / 256, n % 256)),
                 device: "eth0".to_owned(),

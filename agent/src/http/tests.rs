@@ -60,7 +60,7 @@ impl World {
                 assert_eq!(request, question);
                 answer.send(said).unwrap();
             }
-            Wake::Dirty | Wake::Stop => panic!("only questions are asked"),
+            Wake::Mesh | Wake::Kernel | Wake::Stop => panic!("only questions are asked"),
         });
         let answer = get(self.address, path);
         reconcile.join().unwrap();

@@ -7,6 +7,7 @@ use futures_util::{Stream, StreamExt as _};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::Handle;
+use rtnetlink::sys::AsyncSocket as _;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 use tokio::runtime::{Builder, Runtime};
 
@@ -22,6 +23,8 @@ const AT_ONCE: usize = 64;
 pub(super) struct Connection {
     runtime: Runtime,
     handle: Handle,
+    /// The netlink port by which the kernel knows us.
+    port: u32,
     /// A socket of no protocol that anybody speaks, for the ioctls that translate between device names and indices.
     names: OwnedFd,
 }
@@ -35,6 +38,7 @@ impl Connection {
         // (`Connection::forward_responses`).
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
+        let port = connection.socket_mut().socket_mut().bind_auto().map_err(Error::Open)?;
         // It lives as long as the runtime, and moves only while `block_on` runs.
         drop(runtime.spawn(connection));
         drop(guard);
@@ -42,8 +46,14 @@ impl Connection {
         Ok(Self {
             runtime,
             handle,
+            port: port.port_number(),
             names: names.map_err(|error| Error::Open(error.into()))?,
         })
+    }
+
+    /// The netlink port by which the kernel knows us.
+    pub(super) fn port(&self) -> u32 {
+        self.port
     }
 
     /// Asks for something and expects it to be done. `flags` beside `NLM_F_REQUEST`.

@@ -198,8 +198,7 @@ class InItsPod(unittest.TestCase):
     def test_every_capability_is_needed(self):
         complaints = {
             "NET_ADMIN": "load program shroud_egress: Operation not permitted",
-            # It ends, but does not yet say why.
-            "NET_RAW": "",
+            "NET_RAW": "CAP_NET_RAW",
             "BPF": "failed to create map",
             "PERFMON": "prohibited for !root",
         }

@@ -33,7 +33,7 @@ use crate::http;
 use crate::reconcile::{Reconciler, Wake, Wiring, wake};
 use crate::serve::{self, Question};
 
-/// Wake-ups that wait at most. They all mean the same, so one more when it is full changes nothing.
+/// Wake-ups that wait at most. Where one more finds no room there is a pass at once anyway, and a look at everything within `resync`.
 const WAKES: usize = 64;
 
 /// Runs the agent until it is told to end.

@@ -90,11 +90,14 @@ pub(super) async fn publish(
                 Ok(()) => {
                     pace.succeeded();
                     tell(Ok(()));
-                    own.send_modify(|own| {
-                        if let Some(own) = own.as_mut().filter(|own| own.uid == uid) {
-                            own.take(write);
-                        }
-                    });
+                    // What the watch has told meanwhile is younger than what we know: another hand may have been there since.
+                    if !seen.has_changed().unwrap_or(false) {
+                        own.send_modify(|own| {
+                            if let Some(own) = own.as_mut().filter(|own| own.uid == uid) {
+                                own.take(write);
+                            }
+                        });
+                    }
                     tokio::time::sleep(BETWEEN_WRITES).await;
                 }
                 Err(failure) => {

@@ -253,7 +253,7 @@ async fn a_server_that_fails_again_and_again_is_told_once_and_so_is_its_end() {
     assert_eq!((telemetry.lists, telemetry.failures[&FailureKind::Server]), (4, 3));
     assert!(telemetry.failures[&FailureKind::Forbidden] >= 3, "{telemetry:?}");
     let says = "list the deny list: 403 secrets is forbidden: User \"system:serviceaccount:mesh:agent\" cannot list resource \"secrets\" in \
-        API group \"\" in the namespace \"mesh\"; give the agent's ServiceAccount the rights that deploy/ lists";
+        API group \"\" in the namespace \"mesh\"; deploy/README.md lists the rights that are needed";
     assert_eq!(telemetry.no_deny_list.as_deref(), Some(says));
 }
 

@@ -117,7 +117,7 @@ pub(crate) fn explain(knowledge: &Knowledge<'_>, source: IpAddr, destination: Ip
     let to = place(config, snapshot, surroundings, destination);
     let mut story = Story::default();
     story.tell("source", format!("{source} is {from}"));
-    if let Some(claim) = opted_out(config, snapshot).get(&source) {
+    if let Some(claim) = opted_out(config, snapshot).and_then(|claims| claims.get(&source)) {
         story.tell(
             "source",
             format!(
@@ -221,7 +221,8 @@ fn leaving(
         .exempt
         .iter()
         .any(|range| range.contains(source) || range.contains(destination));
-    let exempt = exempt || opted_out(config, knowledge.snapshot).contains_key(&source);
+    let has_opted_out = opted_out(config, knowledge.snapshot).is_some_and(|claims| claims.contains_key(&source));
+    let exempt = exempt || has_opted_out;
     let mark = if exempt && *from == Place::OwnPod {
         config.gate.plain_mark.value()
     } else {

@@ -560,10 +560,15 @@ fn tunnel_peer(peer: &PlannedPeer, allowed_ips: BTreeSet<Prefix>, config: &Confi
     }
 }
 
-/// The pods that have opted out, where the configuration lets them.
-pub(crate) fn opted_out(config: &Config, snapshot: &Snapshot) -> OptOuts {
-    let known = snapshot.opted_out.as_ref().filter(|_| config.encrypt.opt_out);
-    known.cloned().unwrap_or_default()
+/// The pods that have opted out: nobody where the configuration does not let them, `None` while nobody can say.
+pub(crate) fn opted_out<'a>(config: &Config, snapshot: &'a Snapshot) -> Option<&'a OptOuts> {
+    static NOBODY: OptOuts = OptOuts::new();
+
+    if config.encrypt.opt_out {
+        snapshot.opted_out.as_ref()
+    } else {
+        Some(&NOBODY)
+    }
 }
 
 /// The gate's table: what is protected, who owns it, and whether there is an encrypted path to the owner.
@@ -618,7 +623,11 @@ fn gate_table(
         protected: config.protected.clone(),
         owners,
         exempt: config.exempt.clone(),
-        opted_out: opted_out(config, snapshot).into_keys().collect(),
+        opted_out: opted_out(config, snapshot)
+            .into_iter()
+            .flat_map(OptOuts::keys)
+            .copied()
+            .collect(),
         nodes: nodes::table(config, snapshot, own_addresses),
         open_ports: config.encrypt.open_ports.clone(),
         overlay: (!kinds.is_empty()).then(|| config.routing.vni.number()),

@@ -9,6 +9,7 @@ mod answers;
 mod memory;
 mod tally;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -35,7 +36,7 @@ use crate::cni;
 use crate::config::{Config, EncryptionBackend, GateAttach};
 use crate::convergence::Convergence;
 use crate::explain::attached_at;
-use crate::plan::{Plan, Surroundings, View, addresses_of_interest, plan, uplinks};
+use crate::plan::{Plan, Surroundings, View, addresses_of_interest, opted_out, plan, uplinks};
 use crate::rates::{Rates, direction};
 use crate::serve::Request;
 use crate::status::DirectoryStatus;
@@ -282,8 +283,10 @@ impl Reconciler {
         self.take_note_of_peers(begun);
         let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
-        let unknown = known.as_ref().is_none_or(|snapshot| snapshot.opted_out.is_none());
-        self.opt_outs_unknown = self.config.encrypt.opt_out && unknown;
+        self.opt_outs_unknown = match &known {
+            Some(snapshot) => opted_out(&self.config, snapshot).is_none(),
+            None => self.config.encrypt.opt_out,
+        };
         let mut attaches_pods = false;
         // Also while nobody is known yet: the announcement says what encrypts, and every change of it is a write that all others read.
         self.choose(&mut report);
@@ -524,13 +527,14 @@ impl Reconciler {
                 Err(error) => return report.fail(Driver::Gate, &error.into()),
             },
         };
-        let mut desired = desired.clone();
+        let mut desired = Cow::Borrowed(desired);
         if let Some(table) = &observed.table {
             if self.from_memory {
-                memory::keep_owners(&mut desired.table, table);
+                memory::keep_owners(&mut desired.to_mut().table, table);
             }
             if self.opt_outs_unknown {
-                desired.table.opted_out.extend(memory::opted_out_elsewhere(table));
+                let elsewhere = memory::opted_out_elsewhere(table);
+                desired.to_mut().table.opted_out.extend(elsewhere);
             }
         }
         let changes = self.allowed(shroud_ebpf::diff(&desired, &observed));

@@ -553,9 +553,7 @@ impl Directory {
     /// Takes one node's record, or that it cannot be read; then what was known of the node stays. Before the first complete list it is only
     /// kept.
     pub fn apply(&mut self, record: Result<Record, Unreadable>) {
-        if self.enter_one(record) == Change::Some {
-            self.settle();
-        }
+        self.take([Event::Applied(record)]);
     }
 
     fn enter_one(&mut self, record: Result<Record, Unreadable>) -> Change {
@@ -578,8 +576,7 @@ impl Directory {
 
     /// Removes one node at once, because the authority says that it is gone.
     pub fn delete(&mut self, node: &NodeName) {
-        self.remove(node);
-        self.settle();
+        self.take([Event::Deleted(node.clone())]);
     }
 
     fn remove(&mut self, node: &NodeName) -> Change {
@@ -592,17 +589,13 @@ impl Directory {
     /// Takes the operator's complete deny list: names of nodes, their keys or the keys' fingerprints, each with a remark. Who is on it is
     /// refused at once, whatever its claims.
     pub fn deny(&mut self, denied: BTreeMap<String, String>) {
-        self.denied = denied;
-        self.settle();
+        self.take([Event::Denied(denied)]);
     }
 
     /// Takes all pods that have opted out, or that nobody can say who has. It is never remembered for a later run: an address may be another
     /// pod's by then.
     pub fn opt_out(&mut self, opted_out: Option<OptOuts>) {
-        if self.opted_out != opted_out {
-            self.opted_out = opted_out;
-            self.settle();
-        }
+        self.take([Event::OptedOut(opted_out)]);
     }
 
     /// The directory as it is, or `None` while neither a source's first list nor a memory has come.

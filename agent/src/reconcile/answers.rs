@@ -97,12 +97,14 @@ impl Reconciler {
             reasons: refused.reasons.iter().map(ToString::to_string).collect(),
             fenced: refused.pod_prefixes.iter().copied().collect(),
         });
-        let opted_out = opted_out(&self.config, &last.snapshot);
-        let opted_out = opted_out.into_iter().map(|(address, claim)| OptOutStatus {
-            pod: claim.pod,
-            node: claim.node,
-            address,
-            by: claim.by.to_string(),
+        let opted_out = opted_out(&self.config, &last.snapshot).map(|claims| {
+            let claims = claims.iter().map(|(address, claim)| OptOutStatus {
+                pod: claim.pod.clone(),
+                node: claim.node.clone(),
+                address: *address,
+                by: claim.by.to_string(),
+            });
+            claims.collect()
         });
         let mut status = Status {
             version: VERSION,
@@ -146,7 +148,7 @@ impl Reconciler {
             directory,
             peers,
             refused: refused.collect(),
-            opted_out: (!self.opt_outs_unknown).then(|| opted_out.collect()),
+            opted_out,
             pass: PassStatus {
                 number: last.number,
                 changes: last.changes,

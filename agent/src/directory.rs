@@ -149,8 +149,7 @@ impl Keeper {
                     let mut row = vec![event.context("whoever follows the directory's source ended")?];
                     row.extend(std::iter::from_fn(|| events.try_recv().ok()));
                     row.iter().for_each(|event| self.note(event));
-                    self.directory.take(row);
-                    unsaved = true;
+                    unsaved |= self.directory.take(row);
                 }
                 changed = presence.changed() => changed.context("the reconcile thread is gone")?,
                 Ok(()) = telemetry.changed() => {}

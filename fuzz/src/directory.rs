@@ -187,7 +187,7 @@ impl World {
         if unreadable {
             return;
         }
-        self.directory.apply(Ok(record.clone()));
+        self.directory.apply(Ok(Record::clone(record)));
         let after = self.directory.snapshot();
         assert!(
             before
@@ -244,7 +244,8 @@ fn nobody_shares(snapshot: &Snapshot) {
 fn everybody_is_judged(snapshot: &Snapshot, memory: &Memory) {
     let me = name("me");
     assert!(!snapshot.peers.contains_key(&me) && !snapshot.refused.contains_key(&me));
-    for Record { node, .. } in memory.records.iter().filter(|record| record.node != me) {
+    let nodes = memory.records.iter().map(|record| &record.node);
+    for node in nodes.filter(|node| **node != me) {
         let (peer, refused) = (snapshot.peers.contains_key(node), snapshot.refused.contains_key(node));
         assert!(peer != refused, "{node} is both or neither: {snapshot:?}");
     }
@@ -316,7 +317,8 @@ fn messages_are_safe(snapshot: &Snapshot) {
 
 /// A node that is still known keeps what it held and did not give up, whatever others claim.
 fn holders_stay(before: &Memory, after: &Memory, snapshot: &Snapshot) {
-    let records: BTreeMap<&NodeName, &Record> = after.records.iter().map(|record| (&record.node, record)).collect();
+    let records = after.records.iter().map(|record| (&record.node, record.as_ref()));
+    let records: BTreeMap<&NodeName, &Record> = records.collect();
     for (held, node) in &before.prefixes {
         let ours = snapshot.own.pod_prefixes.iter().any(|own| own.overlaps(*held));
         if !ours

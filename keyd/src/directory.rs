@@ -1,8 +1,8 @@
 //! Who is in the mesh, verified: a pure index over what the sources say.
 //!
 //! It owns the memory of who held a key or prefix first and which epochs were seen. It does no I/O and knows no time. Every change ends
-//! in `Directory::settle`, which derives holders, peers and refusals from records and memory alone, never from the order in which
-//! equal facts came.
+//! in `Directory::settle`, which derives holders from records and memory alone, never from the order in which equal facts came, and looks
+//! only at those whom the change concerns.
 //!
 //! - A key or prefix belongs to its first verified holder. A second claimer is refused. Two that claim it at once, with no memory of
 //!   who was first, are both refused; a prefix nobody holds has no owner, so that its traffic is dropped.
@@ -18,7 +18,9 @@
 //! - Above [`MAX_NODES`] nodes, those already known stay, and new ones are left out in the order of their names and counted in a
 //!   [`Problem`]; their traffic is dropped.
 
+mod claimants;
 mod ranges;
+mod settle;
 mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,9 +31,10 @@ use serde::{Deserialize, Serialize};
 use shroud_model::{NodeName, OverlayFormat, Prefix, PublicKey};
 use thiserror::Error;
 
-use self::ranges::Ranges;
-use self::verify::{Claims, first_other};
+use self::settle::{Claimed, Unsettled};
+use self::verify::Claims;
 use crate::announcement::{Backend, EncryptScope, Mode};
+use crate::record::shared;
 use crate::words::words;
 use crate::{Announcement, Event, Excerpt, OptOuts, Record, Refusal, Unreadable, Zone};
 
@@ -121,8 +124,8 @@ pub struct Snapshot {
     pub origin: Origin,
     /// This node itself.
     pub own: Own,
-    /// Verified nodes, this one not among them.
-    pub peers: BTreeMap<NodeName, Peer>,
+    /// Verified nodes, this one not among them. Of a peer that has not changed, two snapshots in a row hold the same.
+    pub peers: BTreeMap<NodeName, Arc<Peer>>,
     /// Refused nodes. No node is in both maps.
     pub refused: BTreeMap<NodeName, Refused>,
     /// The pods that have opted out, each address a believed node's; `None` while nobody can say.
@@ -330,7 +333,8 @@ pub enum Problem {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Memory {
     /// Every record, refused ones too.
-    pub records: Vec<Record>,
+    #[serde(with = "shared")]
+    pub records: Vec<Arc<Record>>,
     /// Who holds which key.
     pub keys: BTreeMap<NodeName, PublicKey>,
     /// Who holds which prefix.
@@ -352,30 +356,50 @@ pub struct Directory {
     entries: BTreeMap<NodeName, Entry>,
     /// What the source says of this node itself, or last said.
     own: Option<OwnEntry>,
+    claimed: Claimed,
+    /// Who holds which key, both ways.
     keys: BTreeMap<NodeName, PublicKey>,
+    holders: BTreeMap<PublicKey, NodeName>,
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
+    /// Why nodes do not hold the prefixes that they claim; of hardly any node.
+    lost: BTreeMap<NodeName, BTreeMap<Prefix, Reason>>,
+    /// What is wrong with records, but not enough to refuse their nodes.
+    doubts: BTreeMap<NodeName, Vec<Problem>>,
+    unsettled: Unsettled,
+    /// What may be another than the snapshot says.
+    concerned: BTreeSet<NodeName>,
     denied: BTreeMap<String, String>,
     opted_out: Option<OptOuts>,
     unreadable: BTreeSet<Unreadable>,
     brake: Option<Brake>,
     left_out: usize,
-    /// Whether anybody claims what he does not hold.
-    disputed: bool,
     origin: Option<Origin>,
     snapshot: Option<Arc<Snapshot>>,
 }
 
-/// One node's record and what can be said of it alone.
+/// One node's record. What can be said of it alone is read from it again when that is asked for, which is less than keeping it.
 struct Entry {
-    record: Record,
-    claims: Claims,
+    record: Arc<Record>,
+    /// The highest epoch seen.
     epoch: Option<u64>,
+    /// Why its announcement is refused, where that was too long to be kept.
+    too_long: Option<Box<Reason>>,
+}
+
+impl Entry {
+    fn claims(&self, protected: &BTreeSet<Prefix>) -> Claims {
+        let mut claims = Claims::of(&self.record, self.epoch, protected);
+        if let Some(reason) = &self.too_long {
+            claims.announcement = Err(Reason::clone(reason));
+        }
+        claims
+    }
 }
 
 /// The same of this node itself.
 struct OwnEntry {
-    record: Record,
+    record: Arc<Record>,
     claims: Claims,
     /// Whether the source's latest word has this node in it.
     listed: bool,
@@ -386,45 +410,6 @@ struct OwnEntry {
 enum Change {
     None,
     Some,
-}
-
-/// What a row of events that is settled together is about.
-#[derive(Default)]
-struct Row {
-    nodes: BTreeSet<NodeName>,
-    keys: BTreeSet<PublicKey>,
-    prefixes: BTreeSet<Prefix>,
-    addresses: BTreeSet<IpAddr>,
-}
-
-impl Row {
-    /// Takes an event in, and answers whether it meets one that was there before: it is about the same node, or another that claims the
-    /// same, or about all of them.
-    fn meets(&mut self, event: &Event) -> bool {
-        match event {
-            Event::Listed(_) => true,
-            Event::Deleted(node) => !self.nodes.insert(node.clone()),
-            Event::Applied(Err(bad)) => match &bad.node {
-                Some(node) => !self.nodes.insert(node.clone()),
-                None => false,
-            },
-            Event::Applied(Ok(record)) => {
-                let raw = record.announcement.as_deref();
-                let announced = raw.and_then(|raw| Announcement::parse(raw).ok());
-                let mut met = !self.nodes.insert(record.node.clone());
-                met |= announced.is_some_and(|known| !self.keys.insert(known.public_key));
-                // All of them are taken in, whatever the answer is by now.
-                for prefix in record.pod_prefixes.iter().copied() {
-                    met |= !self.prefixes.insert(prefix);
-                }
-                for address in record.addresses.iter().copied() {
-                    met |= !self.addresses.insert(address);
-                }
-                met
-            }
-            Event::Denied(_) | Event::OptedOut(_) | Event::Silent(_) | Event::Answers => false,
-        }
-    }
 }
 
 /// A list that nobody believes until it is repeated.
@@ -442,15 +427,20 @@ impl Directory {
             protected,
             entries: BTreeMap::new(),
             own: None,
+            claimed: Claimed::default(),
             keys: BTreeMap::new(),
+            holders: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            doubts: BTreeMap::new(),
+            unsettled: Unsettled::default(),
+            concerned: BTreeSet::new(),
             denied: BTreeMap::new(),
             opted_out: None,
             unreadable: BTreeSet::new(),
             brake: None,
             left_out: 0,
-            disputed: false,
             origin: None,
             snapshot: None,
         }
@@ -458,16 +448,25 @@ impl Directory {
 
     /// Takes up what an earlier run remembered; to be called before any source speaks. Records are verified anew.
     pub fn restore(&mut self, memory: Memory) {
-        self.keys = memory.keys;
-        self.prefixes = memory.prefixes;
-        self.addresses = memory.addresses;
-        self.denied = memory.denied;
         for record in memory.records {
             let seen = memory.epochs.get(&record.node).copied();
             self.enter(record, seen);
         }
+        for (node, key) in memory.keys {
+            let free = key != self.local.public_key && !self.holders.contains_key(&key);
+            if free && self.entries.contains_key(&node) {
+                self.holders.insert(key, node.clone());
+                self.keys.insert(node, key);
+            }
+        }
+        self.unsettled.prefixes.extend(memory.prefixes.keys());
+        self.unsettled.addresses.extend(memory.addresses.keys());
+        self.prefixes = memory.prefixes;
+        self.addresses = memory.addresses;
+        self.denied = memory.denied;
         self.origin = self.origin.or(Some(Origin::Cache));
         self.settle();
+        self.conclude();
     }
 
     /// What the next run should remember.
@@ -482,7 +481,7 @@ impl Directory {
                 .values()
                 .map(|entry| &entry.record)
                 .chain(self.own.as_ref().map(|own| &own.record))
-                .cloned()
+                .map(Arc::clone)
                 .collect(),
             keys: self.keys.clone(),
             prefixes: self.prefixes.clone(),
@@ -492,27 +491,18 @@ impl Directory {
         }
     }
 
-    /// Takes what a source said in a row, as [`reset`](Self::reset) and the others take each, and decides once at the end: with thousands of
-    /// nodes that is most of the work. Where the order matters, what came earlier is settled first: before a list, before a second word about a
-    /// node or its claims, and while anybody claims what another holds.
-    pub fn take(&mut self, events: impl IntoIterator<Item = Event>) {
-        let (mut row, mut unsettled) = (Row::default(), Change::None);
+    /// Takes what a source said in a row, one after the other as [`reset`](Self::reset) and the others take each, and makes one snapshot of it.
+    /// Answers whether anything was new.
+    pub fn take(&mut self, events: impl IntoIterator<Item = Event>) -> bool {
+        let mut changed = false;
         for event in events {
-            if (row.meets(&event) || self.disputed) && unsettled == Change::Some {
-                self.settle();
-                (row, unsettled) = (Row::default(), Change::None);
-                row.meets(&event);
-            }
             let change = match event {
-                Event::Listed(list) => {
-                    self.reset(list);
-                    (row, unsettled) = (Row::default(), Change::None);
-                    continue;
-                }
+                Event::Listed(list) => self.replace(list),
                 Event::Applied(record) => self.enter_one(record),
                 Event::Deleted(node) => self.remove(&node),
                 Event::Denied(denied) => {
                     self.denied = denied;
+                    self.concerned.extend(self.entries.keys().cloned());
                     Change::Some
                 }
                 Event::OptedOut(opted_out) => {
@@ -522,16 +512,22 @@ impl Directory {
                 Event::Silent(_) | Event::Answers => Change::None,
             };
             if change == Change::Some {
-                unsettled = Change::Some;
+                self.settle();
+                changed = true;
             }
         }
-        if unsettled == Change::Some {
-            self.settle();
+        if changed {
+            self.conclude();
         }
+        changed
     }
 
     /// Takes a source's complete list, in any order. A node that is listed twice with different words counts as unreadable.
     pub fn reset(&mut self, list: Vec<Result<Record, Unreadable>>) {
+        self.take([Event::Listed(list)]);
+    }
+
+    fn replace(&mut self, list: Vec<Result<Record, Unreadable>>) -> Change {
         let (records, unreadable) = sort(list);
         let names: BTreeSet<NodeName> = records
             .keys()
@@ -540,14 +536,16 @@ impl Directory {
             .collect();
 
         self.remove_absent(names);
+        self.concern_unreadable();
         self.unreadable = unreadable;
+        self.concern_unreadable();
         self.left_out = 0;
         self.unlist_own();
         for record in records.into_values() {
-            self.enter(record, None);
+            self.enter(Arc::new(record), None);
         }
         self.origin = Some(Origin::Source);
-        self.settle();
+        Change::Some
     }
 
     /// Takes one node's record, or that it cannot be read; then what was known of the node stays. Before the first complete list it is only
@@ -561,14 +559,18 @@ impl Directory {
             Ok(record) => record,
             Err(bad) => {
                 self.unreadable.retain(|known| known.node != bad.node);
+                self.concerned.extend(bad.node.clone());
                 self.unreadable.insert(bad);
                 return Change::Some;
             }
         };
         let settled = self.unreadable.is_empty() && self.brake.is_none();
+        if !settled {
+            self.concerned.insert(record.node.clone());
+        }
         self.unreadable.retain(|bad| bad.node.as_ref() != Some(&record.node));
         self.release_brake(&record.node);
-        if self.enter(record, None) == Change::None && settled {
+        if self.enter(Arc::new(record), None) == Change::None && settled {
             return Change::None;
         }
         Change::Some
@@ -635,8 +637,20 @@ impl Directory {
         if *node == self.local.node {
             self.unlist_own();
         }
-        self.entries.remove(node);
-        self.keys.remove(node);
+        if let Some(entry) = self.entries.remove(node) {
+            self.unclaim(node, &entry.claims(&self.protected));
+        }
+        if let Some(key) = self.keys.remove(node) {
+            self.holders.remove(&key);
+            self.unsettled.keys.insert(key);
+        }
+        self.concerned.insert(node.clone());
+    }
+
+    /// Whether their records can be read says what some nodes are.
+    fn concern_unreadable(&mut self) {
+        let nodes = self.unreadable.iter().filter_map(|bad| bad.node.clone());
+        self.concerned.extend(nodes);
     }
 
     /// The source's latest word does not have this node in it; what it last said of it counts.
@@ -647,20 +661,23 @@ impl Directory {
     }
 
     /// Takes in what the source says of this node itself.
-    fn enter_own(&mut self, record: Record) -> Change {
+    fn enter_own(&mut self, record: Arc<Record>) -> Change {
         if self.own.as_ref().is_some_and(|own| own.listed && own.record == record) {
             return Change::None;
         }
+        let before: Vec<Prefix> = self.own_prefixes().copied().collect();
         self.own = Some(OwnEntry {
             claims: Claims::of(&record, None, &self.protected),
             record,
             listed: true,
         });
+        let after: Vec<Prefix> = self.own_prefixes().copied().collect();
+        self.unsettled.prefixes.extend(before.into_iter().chain(after));
         Change::Some
     }
 
     /// Takes a record in. `remembered` is an epoch from an earlier run.
-    fn enter(&mut self, record: Record, remembered: Option<u64>) -> Change {
+    fn enter(&mut self, record: Arc<Record>, remembered: Option<u64>) -> Change {
         if record.node == self.local.node {
             return self.enter_own(bounded(record));
         }
@@ -673,328 +690,42 @@ impl Directory {
             return Change::Some;
         }
 
+        let node = record.node.clone();
         let seen = known.and_then(|entry| entry.epoch).max(remembered);
+        let before = known.map(|entry| entry.claims(&self.protected));
         let claims = Claims::of(&record, seen, &self.protected);
-        let epoch = claims
-            .announcement
-            .as_ref()
-            .map_or(seen, |announcement| Some(announcement.epoch).max(seen));
-        let record = bounded(record);
-        self.entries
-            .insert(record.node.clone(), Entry { record, claims, epoch });
+        let announced = claims.announcement.as_ref();
+        let too_long = announced
+            .err()
+            .filter(|reason| matches!(reason, Reason::Announcement(Refusal::TooLong { .. })));
+        let entry = Entry {
+            epoch: announced.ok().map(|announcement| announcement.epoch).max(seen),
+            too_long: too_long.cloned().map(Box::new),
+            record: bounded(record),
+        };
+        if let Some(before) = before {
+            self.unclaim(&node, &before);
+        }
+        self.claim(&node, claims);
+        self.entries.insert(node, entry);
         Change::Some
-    }
-
-    /// Decides who holds what, and who is a peer.
-    fn settle(&mut self) {
-        let Some(origin) = self.origin else { return };
-        // Only of those against whom there is something.
-        let mut reasons: BTreeMap<NodeName, Vec<Reason>> = BTreeMap::new();
-        for (node, entry) in &self.entries {
-            let own = entry
-                .claims
-                .reasons
-                .iter()
-                .chain(entry.claims.announcement.as_ref().err())
-                .cloned();
-            let key = entry
-                .claims
-                .announcement
-                .as_ref()
-                .ok()
-                .map(|announced| announced.public_key);
-            let denied = self.denial(node, key).map(|(what, remark)| Reason::Denied {
-                what,
-                remark: Excerpt::of(remark),
-            });
-            let against: Vec<Reason> = denied.into_iter().chain(own).collect();
-            if !against.is_empty() {
-                reasons.insert(node.clone(), against);
-            }
-        }
-        let mut lost = self.settle_keys();
-        lost.extend(self.settle_prefixes());
-        let contested = self.settle_addresses();
-        self.disputed = !lost.is_empty() || !contested.is_empty();
-        for (node, reason) in lost {
-            reasons.entry(node).or_default().push(reason);
-        }
-
-        let mut held: BTreeMap<&NodeName, BTreeSet<Prefix>> = BTreeMap::new();
-        for (&prefix, node) in &self.prefixes {
-            held.entry(node).or_default().insert(prefix);
-        }
-        let mut peers = BTreeMap::new();
-        let mut refused = BTreeMap::new();
-        for (node, entry) in &self.entries {
-            let pod_prefixes = held.remove(node).unwrap_or_default();
-            let reasons = reasons.remove(node).unwrap_or_default();
-            let is_held = |address: &IpAddr| self.addresses.get(address) == Some(node);
-            let mut addresses = entry.claims.addresses.clone();
-            addresses.retain(is_held);
-            match &entry.claims.announcement {
-                Ok(announcement) if reasons.is_empty() => {
-                    let peer = peer(announcement, pod_prefixes, addresses, entry.record.zone.clone());
-                    peers.insert(node.clone(), peer);
-                }
-                Ok(_) | Err(_) => {
-                    let had_a_key = self.keys.contains_key(node) || reasons != [Reason::NoAnnouncement];
-                    let refusal = Refused {
-                        reasons,
-                        pod_prefixes,
-                        addresses: if had_a_key { addresses } else { Vec::new() },
-                    };
-                    refused.insert(node.clone(), refusal);
-                }
-            }
-        }
-        for bad in &self.unreadable {
-            let Some(node) = &bad.node else { continue };
-            if *node != self.local.node && !self.entries.contains_key(node) {
-                let reasons = vec![Reason::Unreadable(bad.reason.clone())];
-                refused.insert(
-                    node.clone(),
-                    Refused {
-                        reasons,
-                        pod_prefixes: BTreeSet::new(),
-                        addresses: Vec::new(),
-                    },
-                );
-            }
-        }
-
-        let own = self.own();
-        let (opted_out, doubtful) = self.settle_opt_outs(&own, &peers);
-        let snapshot = Snapshot {
-            origin,
-            own,
-            peers,
-            refused,
-            opted_out,
-            problems: self.problems(contested.into_iter().chain(doubtful)),
-        };
-        if self.snapshot.as_deref() != Some(&snapshot) {
-            self.snapshot = Some(Arc::new(snapshot));
-        }
-    }
-
-    /// Gives each key that exactly one node claims to that node, unless somebody holds it. Returns who is refused.
-    fn settle_keys(&mut self) -> Vec<(NodeName, Reason)> {
-        let mut holders: BTreeMap<PublicKey, NodeName> = BTreeMap::new();
-        self.keys.retain(|node, key| {
-            let kept = self.entries.contains_key(node) && *key != self.local.public_key && !holders.contains_key(key);
-            if kept {
-                holders.insert(*key, node.clone());
-            }
-            kept
-        });
-        let claimed: Vec<(&NodeName, PublicKey)> = self
-            .entries
-            .iter()
-            .filter_map(|(node, entry)| Some((node, entry.claims.announcement.as_ref().ok()?.public_key)))
-            .collect();
-
-        // A node that takes a new key sets its old one free, which may serve another claimer. Each round serves somebody for good.
-        let contested = loop {
-            let mut open: BTreeMap<PublicKey, BTreeSet<NodeName>> = BTreeMap::new();
-            for &(node, key) in &claimed {
-                if key != self.local.public_key && !holders.contains_key(&key) {
-                    open.entry(key).or_default().insert(node.clone());
-                }
-            }
-            let sole = |nodes: &BTreeSet<NodeName>| nodes.first().filter(|_| nodes.len() == 1).cloned();
-            let served: Vec<(PublicKey, NodeName)> = open
-                .iter()
-                .filter_map(|(&key, nodes)| Some((key, sole(nodes)?)))
-                .collect();
-            if served.is_empty() {
-                break open;
-            }
-            for (key, node) in served {
-                if let Some(old) = self.keys.insert(node.clone(), key) {
-                    holders.remove(&old);
-                }
-                holders.insert(key, node);
-            }
-        };
-
-        let reason = |node: &NodeName, key: PublicKey| match holders.get(&key) {
-            Some(holder) if holder == node => None,
-            Some(holder) => Some(Reason::KeyHeld {
-                key,
-                holder: holder.clone(),
-            }),
-            None if key == self.local.public_key => Some(Reason::OwnKey),
-            None => {
-                let rival = contested
-                    .get(&key)
-                    .and_then(|nodes| first_other(nodes, node))
-                    .unwrap_or(node)
-                    .clone();
-                Some(Reason::KeyContested { key, rival })
-            }
-        };
-        claimed
-            .into_iter()
-            .filter_map(|(node, key)| Some((node.clone(), reason(node, key)?)))
-            .collect()
-    }
-
-    /// Gives each prefix that no other node claims a part of to its node. Returns who is refused.
-    fn settle_prefixes(&mut self) -> Vec<(NodeName, Reason)> {
-        let mut held = Ranges::default();
-        for prefix in self.own().pod_prefixes {
-            held.insert(prefix, self.local.node.clone());
-        }
-        self.prefixes.retain(|&prefix, node| {
-            let claims = self
-                .entries
-                .get(node)
-                .is_some_and(|entry| entry.claims.prefixes.contains(&prefix));
-            let kept = claims && held.other(prefix, node).is_none();
-            if kept {
-                held.insert(prefix, node.clone());
-            }
-            kept
-        });
-
-        let (mut open, mut lost) = (Vec::new(), Vec::new());
-        let mut rivals = Ranges::default();
-        for (node, entry) in &self.entries {
-            for &prefix in &entry.claims.prefixes {
-                if self.prefixes.get(&prefix) == Some(node) {
-                    continue;
-                }
-                if held.other(prefix, node).is_some() {
-                    lost.push((prefix, node));
-                } else {
-                    rivals.insert(prefix, node.clone());
-                    open.push((prefix, node));
-                }
-            }
-        }
-        let mut contested = Vec::new();
-        for (prefix, node) in open {
-            if let Some(rival) = rivals.other(prefix, node).cloned() {
-                contested.push((node.clone(), Reason::PrefixContested { prefix, rival }));
-            } else {
-                self.prefixes.insert(prefix, node.clone());
-                held.insert(prefix, node.clone());
-            }
-        }
-        // Who has just been given a prefix holds it too, and may be the one to name.
-        let held = lost.into_iter().filter_map(|(prefix, node)| {
-            let holder = held.other(prefix, node)?.clone();
-            Some((node.clone(), Reason::PrefixHeld { prefix, holder }))
-        });
-        held.chain(contested).collect()
-    }
-
-    /// Gives each underlay address that exactly one node has to that node, unless somebody holds it. Returns what is left unused.
-    fn settle_addresses(&mut self) -> Vec<Problem> {
-        let mut claimers: BTreeMap<IpAddr, BTreeSet<NodeName>> = BTreeMap::new();
-        for (node, entry) in &self.entries {
-            for &address in &entry.claims.addresses {
-                claimers.entry(address).or_default().insert(node.clone());
-            }
-        }
-        self.addresses
-            .retain(|address, node| claimers.get(address).is_some_and(|nodes| nodes.contains(node)));
-        let mut problems = Vec::new();
-        for (address, mut nodes) in claimers {
-            if nodes.len() == 1 {
-                self.addresses.extend(nodes.into_iter().map(|node| (address, node)));
-                continue;
-            }
-            let holder = self.addresses.get(&address).cloned();
-            if let Some(holder) = &holder {
-                nodes.remove(holder);
-            }
-            problems.push(Problem::Address {
-                address,
-                holder,
-                unused: nodes,
-            });
-        }
-        problems
-    }
-
-    /// Who of those that opt out may, and what is wrong with the others. The pods of a node that is refused are nobody's.
-    fn settle_opt_outs(&self, own: &Own, peers: &BTreeMap<NodeName, Peer>) -> (Option<OptOuts>, Vec<Problem>) {
-        let Some(claimed) = &self.opted_out else {
-            return (None, Vec::new());
-        };
-        let (mut opted_out, mut problems, mut left_out) = (OptOuts::new(), Vec::new(), 0);
-        for (&address, claim) in claimed {
-            let prefixes = if claim.node == self.local.node {
-                &own.pod_prefixes
-            } else if let Some(peer) = peers.get(&claim.node) {
-                &peer.pod_prefixes
-            } else {
-                continue;
-            };
-            if prefixes.iter().any(|prefix| prefix.contains(address)) {
-                if opted_out.len() < MAX_OPT_OUTS {
-                    opted_out.insert(address, claim.clone());
-                } else {
-                    left_out += 1;
-                }
-            } else if self.protected.iter().any(|range| range.contains(address)) {
-                problems.push(Problem::OptOut {
-                    pod: claim.pod.clone(),
-                    node: claim.node.clone(),
-                    address,
-                });
-            }
-        }
-        if left_out > 0 {
-            problems.push(Problem::TooManyOptOuts(left_out));
-        }
-        (Some(opted_out), problems)
-    }
-
-    /// What wants a look, in a fixed order.
-    fn problems(&self, contested: impl IntoIterator<Item = Problem>) -> Vec<Problem> {
-        let of_records = self
-            .entries
-            .values()
-            .flat_map(|entry| entry.claims.problems.iter().cloned());
-        let mut problems: BTreeSet<Problem> = of_records.chain(contested).collect();
-        for Unreadable { node, reason } in &self.unreadable {
-            problems.insert(Problem::Unreadable {
-                node: node.clone(),
-                reason: reason.clone(),
-            });
-        }
-        if let Some(Brake { missing, known, .. }) = &self.brake {
-            problems.insert(Problem::Brake {
-                missing: missing.clone(),
-                known: *known,
-            });
-        }
-        if self.left_out > 0 {
-            problems.insert(Problem::TooManyNodes(self.left_out));
-        }
-        if self.origin == Some(Origin::Source) {
-            problems.extend(self.own_problems());
-        }
-        let denied = self.denial(&self.local.node, Some(self.local.public_key));
-        problems.extend(denied.map(|(what, _)| Problem::LocalDenied(what)));
-        problems.into_iter().collect()
     }
 
     /// What is known of this node itself.
     fn own(&self) -> Own {
         let claims = self.own.as_ref().map(|own| &own.claims);
         Own {
-            pod_prefixes: match (&self.local.pod_prefixes, claims) {
-                (Some(configured), _) => configured.clone(),
-                (None, Some(claims)) => claims.prefixes.clone(),
-                (None, None) => BTreeSet::new(),
-            },
+            pod_prefixes: self.own_prefixes().copied().collect(),
             addresses: claims.map(|claims| claims.addresses.clone()).unwrap_or_default(),
             zone: self.own.as_ref().and_then(|own| own.record.zone.clone()),
         }
+    }
+
+    /// This node's pod prefixes: those of the configuration, or else those that the source gives it.
+    fn own_prefixes(&self) -> impl Iterator<Item = &Prefix> {
+        let configured = self.local.pod_prefixes.as_ref();
+        let given = || self.own.as_ref().map(|own| &own.claims.prefixes);
+        configured.or_else(given).into_iter().flatten()
     }
 
     /// By what a node is on the deny list, and the remark beside it.
@@ -1049,32 +780,29 @@ impl Directory {
 }
 
 /// The record without an announcement that is refused for its length anyway, and not worth its memory.
-fn bounded(mut record: Record) -> Record {
-    if let Some(raw) = record
-        .announcement
-        .as_mut()
-        .filter(|raw| raw.len() > Announcement::MAX_BYTES)
-    {
-        raw.clear();
+fn bounded(mut record: Arc<Record>) -> Arc<Record> {
+    let length = record.announcement.as_ref().map_or(0, String::len);
+    if length > Announcement::MAX_BYTES {
+        Arc::make_mut(&mut record).announcement = Some(String::new());
     }
     record
 }
 
 fn peer(
-    announcement: &Announcement,
+    announcement: Announcement,
     pod_prefixes: BTreeSet<Prefix>,
     addresses: Vec<IpAddr>,
     zone: Option<Zone>,
 ) -> Peer {
     Peer {
         public_key: announcement.public_key,
-        endpoints: announcement.endpoints.clone(),
+        endpoints: announcement.endpoints,
         pod_prefixes,
         addresses,
         epoch: announcement.epoch,
         backend: announcement.backend,
         mode: announcement.mode,
-        overlays: announcement.overlays.clone(),
+        overlays: announcement.overlays,
         routable: announcement.routable,
         encrypts_nodes: announcement.encrypts_nodes,
         scope: announcement.scope,

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
 
 use shroud_keyd::cache::{Flaw, load, save};
 use shroud_keyd::{Error, Memory, Record};
@@ -14,13 +15,13 @@ use tempfile::TempDir;
 fn memory() -> Memory {
     let node: shroud_model::NodeName = "a".parse().unwrap();
     Memory {
-        records: vec![Record {
+        records: vec![Arc::new(Record {
             node: node.clone(),
             addresses: vec!["fd18::2".parse().unwrap()],
             pod_prefixes: vec!["10.244.1.0/24".parse().unwrap()],
             zone: None,
             announcement: Some("any \u{1b} text \"at\" all".to_owned()),
-        }],
+        })],
         keys: BTreeMap::from([(node.clone(), PublicKey::from_bytes([7; 32]).unwrap())]),
         prefixes: BTreeMap::from([("10.244.1.0/24".parse().unwrap(), node.clone())]),
         epochs: BTreeMap::from([(node.clone(), u64::MAX)]),

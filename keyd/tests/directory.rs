@@ -199,7 +199,7 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
         },
         peers: BTreeMap::from([(
             name("a"),
-            Peer {
+            Arc::new(Peer {
                 public_key: key(2),
                 endpoints: vec!["172.18.0.2:51820".parse().unwrap()],
                 pod_prefixes: prefixes(&["10.244.2.0/24"]),
@@ -212,7 +212,7 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
                 encrypts_nodes: false,
                 scope: EncryptScope::All,
                 zone: None,
-            },
+            }),
         )]),
         refused: BTreeMap::new(),
         opted_out: None,
@@ -740,7 +740,7 @@ fn a_cache_in_which_somebody_holds_what_is_ours_is_corrected() {
     let mut memory = after(&[&[node("a", 2)]]).memory();
     memory.keys.insert(name("a"), key(1));
     memory.prefixes.insert(prefix("10.244.0.0/25"), name("a"));
-    memory.records[0] = node("a", 2).key(1).pods(&["10.244.0.0/25"]).record();
+    memory.records[0] = node("a", 2).key(1).pods(&["10.244.0.0/25"]).record().into();
     let mut directory = directory();
 
     directory.restore(memory);

@@ -39,7 +39,7 @@ pub(crate) fn mode(routing: &Routing, snapshot: &Snapshot, hops: &BTreeMap<IpAdd
         RoutingMode::Native => Mode::Native,
         RoutingMode::Vxlan => Mode::Vxlan,
         RoutingMode::Geneve => Mode::Geneve,
-        RoutingMode::Auto if snapshot.peers.values().all(near) => Mode::Native,
+        RoutingMode::Auto if snapshot.peers.values().all(|peer| near(peer)) => Mode::Native,
         RoutingMode::Auto => Mode::Vxlan,
     }
 }

@@ -60,7 +60,7 @@ fn zones(own: Option<&str>) -> World {
         .announcing("near", |peer| peer.zone = zone("z1"))
         .announcing("far", |peer| peer.zone = zone("z2"));
     for peer in world.snapshot.peers.values_mut() {
-        peer.scope = EncryptScope::CrossZone;
+        Arc::make_mut(peer).scope = EncryptScope::CrossZone;
     }
     world.snapshot.own.zone = own.and_then(zone);
     world
@@ -104,7 +104,7 @@ fn a_node_without_a_zone_encrypts_to_all_and_says_so() {
 fn inside_a_zone_the_nodes_own_traffic_is_not_encrypted_either() {
     let mut world = zones(Some("z1")).configured(|config| config.encrypt.nodes = true);
     for peer in world.snapshot.peers.values_mut() {
-        peer.encrypts_nodes = true;
+        Arc::make_mut(peer).encrypts_nodes = true;
     }
 
     let plan = world.plan();
@@ -348,8 +348,10 @@ fn geneve_routes_carry_the_way_to_the_peer() {
 
 #[test]
 fn an_ipv6_underlay_has_a_vxlan_device_of_its_own() {
-    let mut world = with_overlay(RoutingMode::Vxlan).announcing("b", |b| b.addresses = vec![ip("fd18::2")]);
-    world.snapshot.peers.get_mut(&name("b")).unwrap().endpoints = vec!["[fd18::2]:51820".parse().unwrap()];
+    let world = with_overlay(RoutingMode::Vxlan).announcing("b", |b| {
+        b.addresses = vec![ip("fd18::2")];
+        b.endpoints = vec!["[fd18::2]:51820".parse().unwrap()];
+    });
 
     assert_eq!(
         shown(&world.plan())[0],
@@ -598,7 +600,7 @@ directory: { file: { path: /nodes } }
 
     /// What a peer announces besides.
     fn announcing(mut self, node: &str, change: impl FnOnce(&mut Peer)) -> Self {
-        change(self.snapshot.peers.get_mut(&name(node)).unwrap());
+        change(Arc::make_mut(self.snapshot.peers.get_mut(&name(node)).unwrap()));
         self
     }
 
@@ -625,7 +627,7 @@ directory: { file: { path: /nodes } }
             scope: EncryptScope::All,
             zone: None,
         };
-        self.snapshot.peers.insert(name(node), peer);
+        self.snapshot.peers.insert(name(node), Arc::new(peer));
         self
     }
 

@@ -1,41 +1,64 @@
 //! Which node claims which prefix, and who claims a part of the same addresses.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use shroud_model::{Family, NodeName, Prefix};
+
+use super::claimants::Claimants;
 
 /// Claims on prefixes. Any number of nodes may claim any prefix; finding an overlap costs as many look-ups as there are different lengths.
 #[derive(Default)]
 pub(super) struct Ranges {
-    claims: BTreeMap<Prefix, BTreeSet<NodeName>>,
+    claims: Claimants<Prefix>,
+    /// Every length that was ever claimed.
     lengths: BTreeSet<(Family, u8)>,
 }
 
 impl Ranges {
-    pub(super) fn insert(&mut self, prefix: Prefix, node: NodeName) {
+    pub(super) fn insert(&mut self, prefix: Prefix, node: &NodeName) {
         self.lengths.insert((prefix.family(), prefix.length()));
-        self.claims.entry(prefix).or_default().insert(node);
+        self.claims.insert(prefix, node);
+    }
+
+    pub(super) fn remove(&mut self, prefix: Prefix, node: &NodeName) {
+        self.claims.remove(prefix, node);
+    }
+
+    pub(super) fn has(&self, prefix: Prefix, node: &NodeName) -> bool {
+        self.claims.of(prefix).contains(node)
     }
 
     /// A node other than `node` that claims an address of `prefix`: the first by prefix and name.
     pub(super) fn other(&self, prefix: Prefix, node: &NodeName) -> Option<&NodeName> {
-        let family = prefix.family();
-        let wider = self
-            .lengths
-            .range((family, 0)..(family, prefix.length()))
-            .filter_map(|&(_, length)| Prefix::containing(prefix.address(), length))
-            .find_map(|wider| {
-                self.claims
-                    .get(&wider)
-                    .and_then(|nodes| nodes.iter().find(|&other| other != node))
-            });
+        let wider = self.wider(prefix).find_map(|wider| self.claims.other(wider, node));
         wider.or_else(|| {
-            // Prefixes sort by address, then length: what lies inside follows without a gap.
-            self.claims
-                .range(prefix..)
-                .take_while(|&(&inside, _)| prefix.covers(inside))
-                .find_map(|(_, nodes)| nodes.iter().find(|&other| other != node))
+            self.inside(prefix)
+                .map(|(_, claimant)| claimant)
+                .find(|other| *other != node)
         })
+    }
+
+    /// The widest prefix that is claimed and covers `prefix`, or else `prefix` itself. No claim outside of it overlaps one inside.
+    pub(super) fn widest(&self, prefix: Prefix) -> Prefix {
+        let mut claimed = self.wider(prefix).filter(|wider| !self.claims.of(*wider).is_empty());
+        claimed.next().unwrap_or(prefix)
+    }
+
+    /// All claims that `prefix` covers.
+    pub(super) fn inside(&self, prefix: Prefix) -> impl Iterator<Item = (Prefix, &NodeName)> {
+        // Prefixes sort by address, then length: what lies inside follows without a gap.
+        let inside = self
+            .claims
+            .from(prefix)
+            .take_while(move |(inside, _)| prefix.covers(*inside));
+        inside.flat_map(|(inside, nodes)| nodes.iter().map(move |node| (inside, node)))
+    }
+
+    /// The prefixes that cover `prefix` and have a length that somebody claims, widest first.
+    fn wider(&self, prefix: Prefix) -> impl Iterator<Item = Prefix> {
+        let family = prefix.family();
+        let lengths = self.lengths.range((family, 0)..(family, prefix.length()));
+        lengths.filter_map(move |&(_, length)| Prefix::containing(prefix.address(), length))
     }
 }
 
@@ -62,12 +85,18 @@ mod tests {
                 .collect();
             let mut ranges = Ranges::default();
             for (node, prefix) in &claims {
-                ranges.insert(*prefix, node.clone());
+                ranges.insert(*prefix, node);
             }
 
             for (node, prefix) in &claims {
                 let naive = claims.iter().any(|(other, taken)| other != node && taken.overlaps(*prefix));
                 prop_assert_eq!(ranges.other(*prefix, node).is_some(), naive, "{:?} {:?}", node, prefix);
+            }
+            for (_, prefix) in &claims {
+                let widest = ranges.widest(*prefix);
+                for (_, other) in claims.iter().filter(|(_, other)| !widest.covers(*other)) {
+                    prop_assert!(!other.overlaps(widest), "{:?} reaches out of {:?}", other, widest);
+                }
             }
         }
     }

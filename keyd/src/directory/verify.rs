@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-use shroud_model::{Family, NodeName, Prefix};
+use shroud_model::{Family, Prefix};
 
 use super::{EndpointFlaw, MAX_POD_PREFIXES, Problem, Reason};
 use crate::{Announcement, Record};
@@ -134,9 +134,4 @@ fn is_underlay(address: IpAddr) -> bool {
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
     };
     !(link_local || address.is_loopback() || address.is_unspecified() || address.is_multicast())
-}
-
-/// The name an announcement's key is refused under, for a claim that lost.
-pub(super) fn first_other<'a>(nodes: &'a BTreeSet<NodeName>, node: &NodeName) -> Option<&'a NodeName> {
-    nodes.iter().find(|&other| other != node)
 }

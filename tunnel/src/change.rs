@@ -1,5 +1,7 @@
 //! The difference between what the device should be and what it is, peer by peer.
 
+mod plans;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,6 +10,8 @@ use std::time::{Duration, SystemTime};
 use shroud_model::{Mark, Prefix, PresharedKey, PublicKey};
 
 use crate::{Backend, Desired, Device, Observed, ObservedPeer, Peer};
+
+pub use self::plans::diff_plans;
 
 /// How long a handshake proves that a peer's endpoint is right: WireGuard refuses to use a session longer than this (whitepaper §6.1,
 /// Reject-After-Time), so until then it has sent or heard something from there.

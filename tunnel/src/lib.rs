@@ -20,7 +20,7 @@ mod tunnel;
 mod uapi;
 mod update;
 
-pub use change::{Change, FRESH, diff};
+pub use change::{Change, FRESH, diff, diff_plans};
 pub use choice::{Choice, Wanted, choose};
 pub use desired::{Backend, Desired, Peer};
 pub use error::Error;

@@ -209,6 +209,93 @@ proptest! {
     }
 }
 
+/// What a plan makes of nothing.
+fn made(desired: &Desired) -> Device {
+    let mut found = None;
+    for change in diff(
+        desired,
+        &Observed {
+            at: now(),
+            device: None,
+        },
+    ) {
+        wireguard(&mut found, desired, &change);
+    }
+    found.expect("the first step makes a device")
+}
+
+proptest! {
+    #[test]
+    fn two_plans_differ_as_the_device_between_them_does(
+        peers in btree_map((0u8..6).prop_map(key), a_peer(), 0..6),
+        changed in btree_map((0u8..6).prop_map(key), option::of(a_peer()), 0..3),
+    ) {
+        let before = desired(peers);
+        let mut after = before.clone();
+        for (key, peer) in changed {
+            match peer {
+                Some(peer) => drop(after.peers.insert(key, peer)),
+                None => drop(after.peers.remove(&key)),
+            }
+        }
+
+        if let Some(changes) = diff_plans(&after, &before) {
+            prop_assert_eq!(changes, diff(&after, &observed(made(&before))));
+        }
+    }
+}
+
+#[test]
+fn only_what_differs_between_two_plans_is_a_step() {
+    let peer = |ranges: &[u8]| Peer {
+        endpoint: Some("192.0.2.2:51820".parse().unwrap()),
+        allowed_ips: ranges.iter().copied().map(prefix).collect(),
+        ..Peer::default()
+    };
+    let before = desired([(key(1), peer(&[1])), (key(2), peer(&[2])), (key(3), peer(&[3, 4]))].into());
+    let mut after = before.clone();
+    after.peers.remove(&key(2));
+    after.peers.insert(key(3), peer(&[4]));
+    after.peers.insert(key(4), peer(&[2]));
+
+    let steps = diff_plans(&after, &before).unwrap();
+
+    let shown = |key: PublicKey| key.fingerprint();
+    let (three, four, two) = (shown(key(3)), shown(key(4)), shown(key(2)));
+    let expected = [
+        format!("peer {four}: added, endpoint 192.0.2.2:51820, allowed IPs 10.244.2.0/24"),
+        format!("peer {three}: allowed IPs 10.244.3.0/24 removed"),
+        format!("peer {two}: removed"),
+    ];
+    assert_eq!(texts(&steps), expected);
+    assert_eq!(diff_plans(&before, &before), Some(Vec::new()));
+}
+
+#[test]
+fn only_the_device_can_tell_where_its_own_word_counts() {
+    let peer = |endpoint: &str, range| Peer {
+        endpoint: Some(endpoint.parse().unwrap()),
+        allowed_ips: [prefix(range)].into(),
+        ..Peer::default()
+    };
+    let before = desired([(key(1), peer("192.0.2.1:1", 1)), (key(2), peer("192.0.2.2:1", 2))].into());
+    let changed = |change: &dyn Fn(&mut Desired)| {
+        let mut after = before.clone();
+        change(&mut after);
+        diff_plans(&after, &before)
+    };
+
+    assert_eq!(changed(&|plan| plan.listen_port = 1), None);
+    assert_eq!(
+        changed(&|plan| drop(plan.peers.insert(key(1), peer("192.0.2.1:2", 1)))),
+        None
+    );
+    assert_eq!(
+        changed(&|plan| drop(plan.peers.insert(key(3), peer("192.0.2.3:1", 2)))),
+        None
+    );
+}
+
 #[test]
 fn everything_is_made_in_order() {
     let peer = Peer {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use crate::sorted::side_by_side;
 use crate::{Hook, Mechanism, Table};
 
 /// What should be.
@@ -97,11 +98,11 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
         });
     }
     let table = desired.table.settled();
-    if observed.table.as_ref() != Some(&table) {
+    if observed.table.as_ref() != Some(table.as_ref()) {
         let old = observed.table.clone().map(Box::new);
         changes.push(Change::ReplaceTable {
             old,
-            new: Box::new(table),
+            new: Box::new(table.into_owned()),
         });
     }
     let wanted = attachments(desired, observed.mechanism);
@@ -190,15 +191,15 @@ fn summary(table: &Table) -> String {
 
 /// Names what two equal-looking summaries would hide.
 fn differences(f: &mut fmt::Formatter<'_>, old: &Table, new: &Table) -> fmt::Result {
-    for (prefix, owner) in &new.owners {
-        match old.owners.get(prefix) {
-            None => write!(f, "; {prefix}: none -> {:?}", owner.path)?,
-            Some(before) if before != owner => write!(f, "; {prefix}: {:?} -> {:?}", before.path, owner.path)?,
-            Some(_) => {}
+    for (prefix, before, after) in side_by_side(&old.owners, &new.owners) {
+        match (before, after) {
+            (None, Some(owner)) => write!(f, "; {prefix}: none -> {:?}", owner.path)?,
+            (Some(before), Some(owner)) if before != owner => {
+                write!(f, "; {prefix}: {:?} -> {:?}", before.path, owner.path)?;
+            }
+            (Some(_), None) => write!(f, "; {prefix}: owned -> none")?,
+            (Some(_), Some(_)) | (None, None) => {}
         }
-    }
-    for prefix in old.owners.keys().filter(|prefix| !new.owners.contains_key(prefix)) {
-        write!(f, "; {prefix}: owned -> none")?;
     }
     if old.encryption_device != new.encryption_device {
         let index = |device: Option<u32>| device.map_or("none".to_owned(), |index| index.to_string());

@@ -19,6 +19,7 @@ use crate::diff::Build;
 use crate::event::{self, Counter, Event};
 use crate::object::{self, OBJECT};
 use crate::pin::{self, Pins};
+use crate::sorted::side_by_side;
 use crate::table::{Encoded, address, ip};
 use crate::{Attach, Attachment, Change, Error, Hook, Mechanism, Observed, Table};
 
@@ -367,12 +368,16 @@ impl Gate {
                     .collect()
             }
         };
-        for (length, key) in holds.keys().filter(|slot| !wanted.contains_key(*slot)) {
-            map_error("empty", PREFIXES, self.prefixes.remove(&Key::new(*length, *key)))?;
+        for ((length, key), _, wanted) in side_by_side(&holds, &wanted) {
+            if wanted.is_none() {
+                map_error("empty", PREFIXES, self.prefixes.remove(&Key::new(*length, *key)))?;
+            }
         }
-        for (slot, entry) in wanted.iter().filter(|(slot, entry)| holds.get(*slot) != Some(*entry)) {
-            let key = Key::new(slot.0, slot.1);
-            map_error("fill", PREFIXES, self.prefixes.insert(&key, *entry, 0))?;
+        for ((length, key), holds, wanted) in side_by_side(&holds, &wanted) {
+            if let Some(entry) = wanted.filter(|_| wanted != holds) {
+                let key = Key::new(*length, *key);
+                map_error("fill", PREFIXES, self.prefixes.insert(&key, *entry, 0))?;
+            }
         }
         map_error(
             "fill",

@@ -19,6 +19,7 @@ mod gate;
 mod object;
 mod pin;
 mod port;
+mod sorted;
 mod table;
 
 pub use attachment::{Attach, Hook, Mechanism};

@@ -3,6 +3,7 @@
 //! In the maps every prefix carries all that holds for it, so that the program needs one look-up for each address. Here each fact is
 //! declared once. The `DECLARED` flags make the way back exact.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -117,11 +118,12 @@ pub(crate) struct Encoded {
 
 impl Table {
     /// The table as the maps can hold it: where an owner and a node claim the same single address, it is the node's.
-    pub(crate) fn settled(&self) -> Self {
-        let mut table = self.clone();
-        table
-            .owners
-            .retain(|prefix, _| !is_host(*prefix) || !self.nodes.contains_key(&prefix.address()));
+    pub(crate) fn settled(&self) -> Cow<'_, Self> {
+        let is_nodes = |prefix: &Prefix| is_host(*prefix) && self.nodes.contains_key(&prefix.address());
+        let mut table = Cow::Borrowed(self);
+        if self.owners.keys().any(is_nodes) {
+            table.to_mut().owners.retain(|prefix, _| !is_nodes(prefix));
+        }
         table
     }
 
@@ -155,37 +157,46 @@ impl Table {
             .copied()
             .chain(self.nodes.keys().chain(&self.opted_out).copied().map(Prefix::host))
             .collect();
-        let mut entries = BTreeMap::new();
+        // Owners and nodes are in the order of their prefixes too.
+        let (mut owners, mut nodes) = (self.owners.iter().peekable(), self.nodes.iter().peekable());
+        let mut entries = Vec::with_capacity(prefixes.len());
         // A prefix comes before all that it covers, so those that cover the next one are always the last few that are open.
         let mut open: Vec<(Prefix, Held)> = Vec::new();
         for prefix in prefixes {
             while open.last().is_some_and(|(shorter, _)| !shorter.covers(prefix)) {
                 open.pop();
             }
-            let held = self.held(prefix, open.last().map(|(_, held)| *held).unwrap_or_default());
-            entries.insert(prefix, self.entry(prefix, held));
+            let above = open.last().map(|(_, held)| *held).unwrap_or_default();
+            let owner = owners.next_if(|(owned, _)| **owned == prefix).map(|(_, owner)| *owner);
+            let node = nodes.next_if(|(address, _)| Prefix::host(**address) == prefix);
+            let held = self.held(prefix, owner, above);
+            let entry = self.entry(prefix, owner, held);
+            entries.push((prefix, node.map_or(entry, |(_, node)| node.over(entry))));
             open.push((prefix, held));
         }
-        Ok(Encoded { settings, entries })
+        Ok(Encoded {
+            settings,
+            entries: entries.into_iter().collect(),
+        })
     }
 
-    /// What holds for a prefix, given what holds for the next shorter one.
-    fn held(&self, prefix: Prefix, above: Held) -> Held {
+    /// What holds for a prefix that has this owner, given what holds for the next shorter one.
+    fn held(&self, prefix: Prefix, owner: Option<Owner>, above: Held) -> Held {
         Held {
             protected: above.protected || self.protected.contains(&prefix),
             exempt: above.exempt || self.exempt.contains(&prefix),
-            owner: self.owners.get(&prefix).copied().or(above.owner),
+            owner: owner.or(above.owner),
         }
     }
 
-    /// All that holds for a prefix, and what was declared of itself.
-    fn entry(&self, prefix: Prefix, held: Held) -> Entry {
+    /// All that holds for a prefix that is no node's address, and what was declared of itself.
+    fn entry(&self, prefix: Prefix, owner: Option<Owner>, held: Held) -> Entry {
         let flags = [
             (flag::PROTECTED, held.protected),
             (flag::EXEMPT, held.exempt),
             (flag::DECLARED_PROTECTED, self.protected.contains(&prefix)),
             (flag::DECLARED_EXEMPT, self.exempt.contains(&prefix)),
-            (flag::DECLARED_OWNER, self.owners.contains_key(&prefix)),
+            (flag::DECLARED_OWNER, owner.is_some()),
             (
                 flag::OPTED_OUT,
                 is_host(prefix) && self.opted_out.contains(&prefix.address()),
@@ -202,15 +213,11 @@ impl Table {
             Some(Path::Plain) => PATH_PLAIN,
             Some(Path::Fenced) => PATH_FENCED,
         };
-        let entry = Entry {
+        Entry {
             node: held.owner.map_or(0, |owner| owner.node.0),
             path,
             flags,
             reserved: [0; 6],
-        };
-        match self.nodes.get(&prefix.address()) {
-            Some(node) if is_host(prefix) => node.over(entry),
-            Some(_) | None => entry,
         }
     }
 }

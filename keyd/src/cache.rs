@@ -7,7 +7,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use rustix::fs::Mode;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 use thiserror::Error as ThisError;
@@ -42,9 +42,10 @@ pub enum Flaw {
     Checksum,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    #[expect(dead_code, reason = "known by then")]
     version: u64,
     sha256: String,
     memory: Box<RawValue>,
@@ -55,16 +56,22 @@ struct File {
 /// # Errors
 /// [`Error::Io`]; the previous cache is then still whole.
 pub fn save(state_dir: &Path, memory: &Memory) -> Result<(), Error> {
-    let memory = serde_json::value::to_raw_value(memory).expect("names, texts and numbers have a JSON form");
-    let file = File {
-        version: VERSION,
-        sha256: checksum(memory.get()),
-        memory,
-    };
-    let mut text = serde_json::to_vec(&file).expect("names, texts and numbers have a JSON form");
-    text.push(b'\n');
-    Folder::open(state_dir)?.write(NAME, &text, Mode::RUSR | Mode::WUSR, Existing::Replace)?;
+    Folder::open(state_dir)?.write(NAME, &text(memory), Mode::RUSR | Mode::WUSR, Existing::Replace)?;
     Ok(())
+}
+
+/// What [`File`] reads. The sum stands before what it is about, so its place is filled last: a second copy would be megabytes.
+fn text(memory: &Memory) -> Vec<u8> {
+    let mut text = format!(r#"{{"version":{VERSION},"sha256":""#).into_bytes();
+    let sum = text.len()..text.len() + 2 * Sha256::output_size();
+    text.resize(sum.end, b'0');
+    text.extend(br#"","memory":"#);
+    let begin = text.len();
+    serde_json::to_writer(&mut text, memory).expect("names, texts and numbers have a JSON form");
+    let known = checksum(&text[begin..]);
+    text[sum].copy_from_slice(known.as_bytes());
+    text.extend(b"}\n");
+    text
 }
 
 /// Reads the memory of a directory; `None` when there is none yet.
@@ -112,13 +119,13 @@ fn parse(text: &[u8]) -> Result<Memory, Flaw> {
         return Err(Flaw::Version(version));
     }
     let file: File = serde_json::from_slice(text).map_err(|_| Flaw::Syntax)?;
-    if checksum(file.memory.get()) != file.sha256 {
+    if checksum(file.memory.get().as_bytes()) != file.sha256 {
         return Err(Flaw::Checksum);
     }
     serde_json::from_str(file.memory.get()).map_err(|_| Flaw::Syntax)
 }
 
 /// The SHA-256 of a text, in hex.
-fn checksum(text: &str) -> String {
+fn checksum(text: &[u8]) -> String {
     Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -155,7 +155,7 @@ impl Api {
         let whole = async {
             let body = self.answer(attempt, request).await?;
             let read = Limited::new(body, LONGEST_ANSWER).collect().await;
-            read.map(|read| read.to_bytes().to_vec())
+            read.map(|read| read.to_bytes().into())
                 .map_err(|error| Failure::new(FailureKind::Unreachable, attempt, chain(error.as_ref())))
         };
         self.forgetting(in_time(ANSWER, attempt, whole).await).await

@@ -106,6 +106,27 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
     changes
 }
 
+/// The steps from what `before` wanted to `desired`: what [`diff`] finds where all is as `before` wanted it, without a look at what is wanted as
+/// before. `None` where more than routes differs, or one is to be replaced: whether it is alone in its place only the kernel can tell.
+pub fn diff_plans(desired: &Desired, before: &Desired) -> Option<Vec<Change>> {
+    if (&desired.links, &desired.rules, &desired.sysctls) != (&before.links, &before.rules, &before.sysctls) {
+        return None;
+    }
+    let gone = before.routes.difference(&desired.routes).cloned();
+    let observed = Observed {
+        routes: gone.map(InstalledRoute::of).collect(),
+        ..Observed::default()
+    };
+    let desired = Desired {
+        routes: desired.routes.difference(&before.routes).cloned().collect(),
+        ..Desired::default()
+    };
+    let mut changes = Vec::new();
+    diff_routes(&desired, &observed, &mut changes);
+    let replaces = |change: &Change| matches!(change, Change::ReplaceRoute { .. });
+    (!changes.iter().any(replaces)).then_some(changes)
+}
+
 fn diff_link(device: &str, link: &Link, state: Option<&LinkState>, changes: &mut Vec<Change>) {
     let device = device.to_owned();
     // A missing device is somebody else's task; this one step fails and says so.
@@ -184,17 +205,12 @@ fn diff_sysctls(desired: &Desired, observed: &Observed, changes: &mut Vec<Change
 }
 
 fn diff_routes(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>) {
-    let (kept, mut surplus): (Vec<_>, Vec<_>) = observed.routes.iter().partition(|installed| {
-        installed
-            .route
-            .as_ref()
-            .is_some_and(|route| desired.routes.contains(route))
-    });
-    let kept: BTreeSet<&Route> = kept
-        .into_iter()
-        .filter_map(|installed| installed.route.as_ref())
-        .collect();
-    for route in desired.routes.iter().filter(|route| !kept.contains(route)) {
+    let wanted: BTreeSet<&Route> = desired.routes.iter().collect();
+    let found: BTreeSet<&Route> = observed.routes.iter().filter_map(InstalledRoute::route).collect();
+    let unwanted: BTreeSet<&Route> = found.difference(&wanted).copied().collect();
+    let is_surplus = |installed: &&InstalledRoute| installed.route().is_none_or(|route| unwanted.contains(route));
+    let mut surplus: Vec<&InstalledRoute> = observed.routes.iter().filter(is_surplus).collect();
+    for route in wanted.difference(&found).copied() {
         let slot = surplus
             .iter()
             .position(|old| old.destination == route.destination && old.table == route.table && old.in_our_slot);
@@ -220,4 +236,59 @@ fn diff_rules(desired: &Desired, observed: &Observed, changes: &mut Vec<Change>)
     }
     changes.extend(missing.into_iter().map(Change::AddRule));
     changes.extend(surplus);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::btree_map;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Table;
+
+    /// A way to 10.244.`third`.0/24.
+    fn route(third: u8, via: Option<u8>) -> Route {
+        Route {
+            destination: Prefix::containing([10, 244, third, 0].into(), 24).unwrap(),
+            device: "eth0".to_owned(),
+            via: via.map(|last| [172, 18, 0, last].into()),
+            source: None,
+            mtu: None,
+            onlink: false,
+            encapsulation: None,
+            table: Table::Main,
+        }
+    }
+
+    fn desired() -> impl Strategy<Value = Desired> {
+        let ways = btree_map(0u8..6, proptest::option::of(1u8..3), 0..6);
+        ways.prop_map(|ways| Desired {
+            routes: ways.into_iter().map(|(third, via)| route(third, via)).collect(),
+            ..Desired::default()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn two_plans_differ_as_the_kernel_between_them_does(before in desired(), after in desired()) {
+            let kernel = Observed {
+                routes: before.routes.iter().cloned().map(InstalledRoute::of).collect(),
+                ..Observed::default()
+            };
+
+            let changes = diff(&after, &kernel);
+
+            let replaces = changes.iter().any(|change| matches!(change, Change::ReplaceRoute { .. }));
+            prop_assert_eq!(diff_plans(&after, &before), (!replaces).then_some(changes));
+        }
+    }
+
+    #[test]
+    fn where_more_than_routes_differs_only_the_kernel_can_tell() {
+        let before = Desired::default();
+        let mut after = before.clone();
+        after.sysctls.insert(Sysctl::Forwarding(Family::V4), "1".to_owned());
+
+        assert_eq!(diff_plans(&after, &before), None);
+    }
 }

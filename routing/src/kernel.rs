@@ -23,6 +23,7 @@ use netlink_packet_route::rule::RuleMessage;
 use rustix::io::Errno;
 use shroud_model::{Family, Mark, Prefix};
 
+use crate::observed::Shape;
 use crate::{
     Address, Change, Desired, Error, Facts, Hop, HopKind, InstalledRoute, InstalledRule, LinkFacts, LinkState,
     Observed, PROTOCOL, Route, Scope, Sysctl, Table,
@@ -84,16 +85,27 @@ impl Kernel {
     /// # Errors
     /// [`Error::NotOurs`] when `desired` names a device that is neither TUN nor WireGuard; otherwise what the kernel answers.
     pub fn observe(&mut self, desired: &Desired) -> Result<Observed, Error> {
+        let mut routes = Vec::new();
+        for (family, table) in OUR_TABLES {
+            let messages = self.routes(family, table, Some(PROTOCOL))?;
+            routes.extend(self.all_installed(messages));
+        }
+        self.observe_beside(routes, desired)
+    }
+
+    /// Reads what [`Kernel::observe`] reads besides the routes, which were listed just now.
+    ///
+    /// # Errors
+    /// As with [`Kernel::observe`].
+    pub fn observe_beside(&mut self, routes: Vec<InstalledRoute>, desired: &Desired) -> Result<Observed, Error> {
         self.foreign.clear();
-        let mut observed = Observed::default();
+        let mut observed = Observed {
+            routes,
+            ..Observed::default()
+        };
         for device in desired.links.keys() {
             if let Some(state) = self.link_state(device)? {
                 observed.links.insert(device.clone(), state);
-            }
-        }
-        for (family, table) in OUR_TABLES {
-            for message in self.routes(family, table, Some(PROTOCOL))? {
-                observed.routes.extend(self.installed(message));
             }
         }
         for family in [Family::V4, Family::V6] {
@@ -166,8 +178,7 @@ impl Kernel {
                     continue;
                 }
             };
-            for message in messages {
-                let Some(route) = self.installed(message) else { continue };
+            for route in self.all_installed(messages) {
                 let change = Change::RemoveRoute(route.clone()).to_string();
                 match self.remove_route(&change, &route) {
                     Ok(true) => removal.removed.push(format!("route {route}")),
@@ -214,7 +225,15 @@ impl Kernel {
     /// # Errors
     /// What the kernel answers.
     pub fn facts(&mut self, pods: &BTreeSet<Prefix>) -> Result<Facts, Error> {
-        let mut facts = Facts::default();
+        Ok(self.survey(pods)?.0)
+    }
+
+    /// Reads what [`Kernel::facts`] reads, and our routes with it: they are in the same listing.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn survey(&mut self, pods: &BTreeSet<Prefix>) -> Result<(Facts, Vec<InstalledRoute>), Error> {
+        let (mut facts, mut ours) = (Facts::default(), Vec::new());
         let mut names = BTreeMap::new();
         // Where pods cannot be.
         let mut not_pods = BTreeSet::new();
@@ -256,28 +275,29 @@ impl Kernel {
         }
         for family in [Family::V4, Family::V6] {
             for message in self.all_tables(family)? {
-                if message.header.kind != RouteType::Unicast {
-                    continue;
-                }
-                let is_default = message.header.destination_prefix_length == 0;
-                let in_main = message::table(&message) == u32::from(Table::Main.number());
+                let destination = message::destination(&message);
                 let is_ours = message.header.protocol == RouteProtocol::Other(PROTOCOL);
-                let mut devices = message::devices(&message);
-                if is_default && in_main {
+                let is_unicast = message.header.kind == RouteType::Unicast;
+                let is_default = message.header.destination_prefix_length == 0;
+                if is_unicast && is_default && message::table(&message) == u32::from(Table::Main.number()) {
+                    let devices = message::devices(&message);
                     let names = devices.iter().filter_map(|index| names.get(index).cloned());
                     facts.default_route_devices.extend(names);
                 }
-                if !is_ours
-                    && message::destination(&message)
-                        .is_some_and(|destination| pods.iter().any(|range| range.covers(destination)))
-                {
-                    devices.retain(|index| !not_pods.contains(index));
-                    let names = devices.iter().filter_map(|index| names.get(index).cloned());
+                let is_pods = destination.is_some_and(|known| pods.iter().any(|range| range.covers(known)));
+                if is_unicast && is_pods && !is_ours {
+                    let devices = message::devices(&message);
+                    let names = devices
+                        .difference(&not_pods)
+                        .filter_map(|index| names.get(index).cloned());
                     facts.pod_route_devices.extend(names);
+                }
+                if is_ours {
+                    ours.extend(message::installed(message, |index| names.get(&index).cloned()));
                 }
             }
         }
-        Ok(facts)
+        Ok((facts, ours))
     }
 
     /// Asks what the kernel would do with packets of this node's own to each of `destinations`, as [`Kernel::lookup`] does for one.
@@ -472,7 +492,9 @@ impl Kernel {
     /// (`fib_table_insert`, net/ipv4/fib_trie.c), IPv6 all next hops of it (`fib6_add_rt2node`, net/ipv6/ip6_fib.c). So it is only used where
     /// no foreign route shares the place.
     fn replace_route(&mut self, operation: &str, old: &InstalledRoute, new: &Route) -> Result<(), Error> {
-        if message::is_multipath(&old.message) {
+        if let Shape::Other(other) = &old.shape
+            && message::is_multipath(&other.message)
+        {
             // IPv6 shows next hops of several owners as one route with the protocol of the first. Only a deletion tells them apart.
             self.remove_route(operation, old)?;
             return self.add_route(operation, new);
@@ -497,8 +519,19 @@ impl Kernel {
 
     /// Answers whether it was still there.
     fn remove_route(&mut self, operation: &str, route: &InstalledRoute) -> Result<bool, Error> {
-        let request = RouteNetlinkMessage::DelRoute(route.message.clone());
-        match self.connection.change(operation, request, NLM_F_ACK) {
+        let message = match &route.shape {
+            Shape::Other(other) => Some(other.message.clone()),
+            // With a device go its routes.
+            Shape::Ours(route) => {
+                let index = self.connection.index(&route.device);
+                index.and_then(|index| message::naming(route, index))
+            }
+        };
+        let Some(message) = message else { return Ok(false) };
+        match self
+            .connection
+            .change(operation, RouteNetlinkMessage::DelRoute(message), NLM_F_ACK)
+        {
             Ok(()) => Ok(true),
             Err(error) if error.code() == Some(Errno::SRCH.raw_os_error()) => Ok(false),
             Err(error) => Err(error),
@@ -518,8 +551,20 @@ impl Kernel {
     }
 
     fn installed(&self, message: RouteMessage) -> Option<InstalledRoute> {
-        let name = |index| self.connection.name(index);
-        message::installed(message, name)
+        message::installed(message, |index| self.connection.name(index))
+    }
+
+    /// The routes of a listing. Thousands lead to a few devices, whose names are asked for once.
+    fn all_installed(&self, messages: Vec<RouteMessage>) -> Vec<InstalledRoute> {
+        let mut names: BTreeMap<u32, Option<String>> = BTreeMap::new();
+        let mut name = |index| {
+            let known = names.entry(index).or_insert_with(|| self.connection.name(index));
+            known.clone()
+        };
+        let routes = messages.into_iter();
+        routes
+            .filter_map(|message| message::installed(message, &mut name))
+            .collect()
     }
 
     /// The foreign routes where a route of ours for this destination would be, as text.

@@ -19,7 +19,7 @@ mod observed;
 pub mod path_mtu;
 mod sysctl;
 
-pub use change::{Change, diff};
+pub use change::{Change, diff, diff_plans};
 pub use desired::{Desired, Encapsulation, Link, Route, Rule, Table};
 pub use error::Error;
 pub use facts::{Address, Facts, Hop, HopKind, LinkFacts, Scope};

@@ -46,21 +46,54 @@ pub struct InstalledRoute {
     pub destination: Prefix,
     /// The table it is in.
     pub table: Table,
-    /// The route, when it has a shape we write; `None` for any other (blackhole, multipath, a metric, a type of service).
-    pub route: Option<Route>,
     /// Whether it sits where a route of ours for this destination goes, so that the new one replaces it.
     pub(crate) in_our_slot: bool,
-    /// A route of a shape we do not write, in words.
-    pub(crate) shape: String,
+    pub(crate) shape: Shape,
+}
+
+/// What an installed route is like.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum Shape {
+    /// As we write them.
+    Ours(Route),
+    /// Any other: blackhole, multipath, a metric, a type of service.
+    Other(Box<Other>),
+}
+
+/// A route of a shape we do not write.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Other {
+    /// It in words.
+    pub(crate) words: String,
     /// What names this route, and no other, when it is deleted.
     pub(crate) message: RouteMessage,
 }
 
+impl InstalledRoute {
+    /// A route as the kernel holds it once it was added.
+    pub(crate) fn of(route: Route) -> Self {
+        Self {
+            destination: route.destination,
+            table: route.table,
+            in_our_slot: true,
+            shape: Shape::Ours(route),
+        }
+    }
+
+    /// The route, when it has a shape we write.
+    pub fn route(&self) -> Option<&Route> {
+        match &self.shape {
+            Shape::Ours(route) => Some(route),
+            Shape::Other(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for InstalledRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.route {
-            Some(route) => fmt::Display::fmt(route, f),
-            None => f.write_str(&self.shape),
+        match &self.shape {
+            Shape::Ours(route) => fmt::Display::fmt(route, f),
+            Shape::Other(other) => f.write_str(&other.words),
         }
     }
 }

@@ -113,6 +113,12 @@ impl Prober {
         self.shared.peers().set_targets(targets, self.shared.began.elapsed());
     }
 
+    /// The largest packets that get through, as far as is known, by mesh address.
+    pub fn sizes(&self) -> BTreeMap<IpAddr, Mtu> {
+        let known = self.snapshot().into_iter();
+        known.map(|(address, path)| (address, path.mtu)).collect()
+    }
+
     /// What is known, by mesh address.
     pub fn snapshot(&self) -> BTreeMap<IpAddr, PathMtu> {
         self.shared.peers().snapshot()

@@ -12,6 +12,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use shroud_model::{Family, Mark, Mtu, Prefix};
 
+use crate::observed::{Other, Shape};
 use crate::{Encapsulation, Hop, HopKind, InstalledRoute, InstalledRule, PROTOCOL, Route, Rule, Table};
 
 /// The metric the kernel gives an IPv6 route for which none is asked (`IP6_RT_PRIO_USER`, include/net/ip6_route.h). IPv4's is 0.
@@ -40,10 +41,7 @@ pub(super) fn of(route: &Route, index: u32) -> Option<RouteMessage> {
     message.header.table = route.table.number();
     message.header.protocol = RouteProtocol::Other(PROTOCOL);
     message.header.kind = RouteType::Unicast;
-    message.header.scope = match (inside, route.via) {
-        (Family::V4, None) => RouteScope::Link,
-        (Family::V4, Some(_)) | (Family::V6, _) => RouteScope::Universe,
-    };
+    message.header.scope = scope(inside, route.via);
     message
         .attributes
         .push(RouteAttribute::Destination(route.destination.address().into()));
@@ -73,6 +71,29 @@ pub(super) fn of(route: &Route, index: u32) -> Option<RouteMessage> {
     }
     if let Some(outer) = &route.encapsulation {
         message.attributes.extend(encapsulate(outer)?);
+    }
+    Some(message)
+}
+
+/// How far away the destination of a route of ours is, in the kernel's words.
+const fn scope(inside: Family, via: Option<IpAddr>) -> RouteScope {
+    match (inside, via) {
+        (Family::V4, None) => RouteScope::Link,
+        (Family::V4, Some(_)) | (Family::V6, _) => RouteScope::Universe,
+    }
+}
+
+/// The message that names a route of ours, and no other, in a deletion: the kernel compares all of it, the protocol too. An encapsulation is
+/// not needed to tell ours from others.
+pub(super) fn naming(route: &Route, index: u32) -> Option<RouteMessage> {
+    let bare = Route {
+        onlink: false,
+        encapsulation: None,
+        ..route.clone()
+    };
+    let mut message = of(&bare, index)?;
+    if route.destination.family() == Family::V6 {
+        message.attributes.push(RouteAttribute::Priority(METRIC_V6));
     }
     Some(message)
 }
@@ -220,14 +241,24 @@ pub(super) fn address(index: u32, address: IpAddr, length: u8) -> AddressMessage
 }
 
 /// Reads a route of a table. `None` for one of no family we know.
-pub(super) fn installed(mut message: RouteMessage, name: impl Fn(u32) -> Option<String>) -> Option<InstalledRoute> {
+pub(super) fn installed(message: RouteMessage, name: impl FnMut(u32) -> Option<String>) -> Option<InstalledRoute> {
     let destination = destination(&message)?;
-    let table = Table::of(table(&message))?;
-    let route = plain(&message, destination, name);
-    let shape = shape(&message, destination);
-    let in_our_slot = in_our_slot(&message);
-    // What is left names the route in a deletion: the kernel compares all of it, the protocol too. It takes a next hop object or its
-    // next hops, not both. An encapsulation is not needed to tell ours from others.
+    Some(InstalledRoute {
+        destination,
+        table: Table::of(table(&message))?,
+        in_our_slot: in_our_slot(&message),
+        shape: match plain(&message, destination, name) {
+            Some(route) => Shape::Ours(route),
+            None => Shape::Other(Box::new(Other {
+                words: words(&message, destination),
+                message: naming_as_it_is(message),
+            })),
+        },
+    })
+}
+
+/// Of a route of any shape, what names it in a deletion. The kernel takes a next hop object or its next hops, not both.
+fn naming_as_it_is(mut message: RouteMessage) -> RouteMessage {
     let by_object = message
         .attributes
         .iter()
@@ -245,14 +276,7 @@ pub(super) fn installed(mut message: RouteMessage, name: impl Fn(u32) -> Option<
         _ => false,
     });
     message.header.flags = Default::default();
-    Some(InstalledRoute {
-        destination,
-        table,
-        route,
-        in_our_slot,
-        shape,
-        message,
-    })
+    message
 }
 
 /// Whether a route sits where ours go: default metric, no type of service, no source prefix.
@@ -269,7 +293,7 @@ pub(super) fn in_our_slot(message: &RouteMessage) -> bool {
 }
 
 /// The route, if it has the shape in which we write them.
-fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Option<String>) -> Option<Route> {
+fn plain(message: &RouteMessage, destination: Prefix, mut name: impl FnMut(u32) -> Option<String>) -> Option<Route> {
     if message.header.kind != RouteType::Unicast || !in_our_slot(message) {
         return None;
     }
@@ -290,6 +314,9 @@ fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Opti
             _ => {}
         }
     }
+    if message.header.scope != scope(destination.family(), via) {
+        return None;
+    }
     Some(Route {
         destination,
         device: device?,
@@ -303,7 +330,7 @@ fn plain(message: &RouteMessage, destination: Prefix, name: impl Fn(u32) -> Opti
 }
 
 /// A route of any shape, in words.
-fn shape(message: &RouteMessage, destination: Prefix) -> String {
+fn words(message: &RouteMessage, destination: Prefix) -> String {
     let mut text = match message.header.kind {
         RouteType::Unicast => destination.to_string(),
         kind => format!("{kind:?} {destination}").to_lowercase(),

@@ -271,7 +271,12 @@ fn leaving(
 
 /// The overlay end through which a packet goes that the kernel sends by `device`.
 fn wrapped<'a>(knowledge: &Knowledge<'a>, device: &str, destination: IpAddr) -> Option<&'a End> {
-    let has_it = |peer: &&PlannedPeer| peer.pod_prefixes.iter().any(|prefix| prefix.contains(destination));
+    let has_it = |peer: &&PlannedPeer| {
+        peer.verified
+            .pod_prefixes
+            .iter()
+            .any(|prefix| prefix.contains(destination))
+    };
     let peer = knowledge.peers.values().find(has_it)?;
     peer.overlay.as_ref().filter(|end| end.device == device)
 }

@@ -17,9 +17,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use shroud_keyd::announcement::{EncryptScope, Mode};
-use shroud_keyd::{NodeKey, OptOuts, Snapshot, Zone};
+use shroud_keyd::{NodeKey, OptOuts, Peer, Snapshot, Zone};
 use shroud_model::{Family, Mtu, NodeName, OverlayFormat, OverlayKind, Prefix, PublicKey};
-use shroud_routing::path_mtu::PathMtu;
 use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sysctl, Table};
 use shroud_tunnel::Backend;
 
@@ -38,7 +37,7 @@ pub(crate) struct View<'a> {
 }
 
 /// What this machine looks like, apart from what is ours.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Surroundings {
     /// Links and default routes.
     pub(crate) facts: Facts,
@@ -51,8 +50,8 @@ pub(crate) struct Surroundings {
     pub(crate) encryption_device: Option<u32>,
     /// The overlay devices of ours that exist.
     pub(crate) overlay_devices: BTreeSet<String>,
-    /// What probing found out about the paths to peers, by mesh address.
-    pub(crate) paths: BTreeMap<IpAddr, PathMtu>,
+    /// The largest packets that get to peers as far as probing knows, by mesh address.
+    pub(crate) paths: BTreeMap<IpAddr, Mtu>,
 }
 
 /// What the kernel should look like, in each driver's own words.
@@ -85,12 +84,12 @@ pub(crate) struct PlannedPeer {
     pub(crate) expected_mtu: Mtu,
     /// The largest pod packet that really gets to it: less than the above where probing found a narrow place.
     pub(crate) mtu: Mtu,
-    /// The mesh address at which the path is probed, and what that found.
+    /// The mesh address at which the path is probed.
     pub(crate) probe: Option<IpAddr>,
-    pub(crate) path: Option<PathMtu>,
     /// The overlay that leads to it, or `None` where it is sent to natively.
     pub(crate) overlay: Option<End>,
-    pub(crate) pod_prefixes: BTreeSet<Prefix>,
+    /// What the directory has verified of it.
+    pub(crate) verified: Arc<Peer>,
     /// Whether the traffic of the two nodes themselves is encrypted too.
     pub(crate) encrypts_nodes: bool,
     /// The zone that both are in, where nothing inside a zone is to be encrypted.
@@ -220,9 +219,10 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
     problems.extend(taken_over(snapshot, &peers));
     // What overlays and encrypted nodes send through the tunnel has node addresses outside.
     let nodes_in_the_tunnel = !kinds.is_empty() || config.encrypt.nodes;
-    let allowed_ips = |name: &NodeName, planned: &PlannedPeer| {
-        let mut allowed = planned.pod_prefixes.clone();
-        let others = snapshot.peers[name]
+    let allowed_ips = |planned: &PlannedPeer| {
+        let mut allowed = planned.verified.pod_prefixes.clone();
+        let others = planned
+            .verified
             .addresses
             .iter()
             .filter(|address| !addresses.contains(*address));
@@ -243,8 +243,8 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
             listen_port: config.encryption.listen_port,
             mark: config.gate.tunnel_mark,
             peers: peers
-                .iter()
-                .map(|(name, peer)| (peer.public_key, tunnel_peer(peer, allowed_ips(name, peer), config)))
+                .values()
+                .map(|peer| (peer.public_key, tunnel_peer(peer, allowed_ips(peer), config)))
                 .collect(),
         },
         routing: routing(view, &peers, &addresses, &uplinks, &overlay, smallest_tunnel),
@@ -282,8 +282,8 @@ fn routing(
     let mesh = mesh_addresses(snapshot);
     let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
     for (name, planned) in peers {
-        let peer = &snapshot.peers[name];
-        for prefix in &planned.pod_prefixes {
+        let peer = &planned.verified;
+        for prefix in &peer.pod_prefixes {
             let route = route_to(*prefix, name, planned, &peer.addresses, config, hops, uplinks);
             routes.insert(Route {
                 source: mesh.get(&prefix.family()).copied(),
@@ -341,7 +341,7 @@ fn routing(
 /// This node's own pod prefixes that a peer claims a part of.
 fn taken_over(snapshot: &Snapshot, peers: &BTreeMap<NodeName, PlannedPeer>) -> Vec<Problem> {
     let is_taken = |own: &&Prefix| {
-        let mut others = peers.values().flat_map(|peer| &peer.pod_prefixes);
+        let mut others = peers.values().flat_map(|peer| &peer.verified.pod_prefixes);
         others.any(|prefix| prefix.overlaps(**own))
     };
     let overlaps =
@@ -389,7 +389,7 @@ fn surrounding_problems(
 }
 
 /// The zone that a peer shares with this node, where both want nothing encrypted inside a zone. A node without a zone shares none.
-fn shared_zone<'a>(config: &Config, snapshot: &'a Snapshot, peer: &shroud_keyd::Peer) -> Option<&'a Zone> {
+fn shared_zone<'a>(config: &Config, snapshot: &'a Snapshot, peer: &Peer) -> Option<&'a Zone> {
     let both = config.encrypt.scope == EncryptScope::CrossZone && peer.scope == EncryptScope::CrossZone;
     let own = snapshot.own.zone.as_ref().filter(|_| both);
     own.filter(|own| peer.zone.as_ref() == Some(*own))
@@ -398,7 +398,7 @@ fn shared_zone<'a>(config: &Config, snapshot: &'a Snapshot, peer: &shroud_keyd::
 fn plan_peer(
     config: &Config,
     snapshot: &Snapshot,
-    peer: &shroud_keyd::Peer,
+    peer: &Arc<Peer>,
     own_addresses: &BTreeSet<IpAddr>,
     facts: &Facts,
     hops: &BTreeMap<IpAddr, Hop>,
@@ -444,9 +444,8 @@ fn plan_peer(
         expected_mtu: mtu,
         mtu,
         probe: mesh_address(&peer.pod_prefixes, Family::V4).or_else(|| mesh_address(&peer.pod_prefixes, Family::V6)),
-        path: None,
         overlay: None,
-        pod_prefixes: peer.pod_prefixes.clone(),
+        verified: Arc::clone(peer),
         encrypts_nodes: nodes::are_encrypted(config, snapshot, peer),
         in_zone: shared_zone(config, snapshot, peer).cloned(),
         problems,
@@ -464,10 +463,9 @@ impl PlannedPeer {
     }
 
     /// Makes packets smaller where probing found that the path carries less than the uplink promises.
-    fn narrow(&mut self, paths: &BTreeMap<IpAddr, PathMtu>) {
-        self.path = self.probe.and_then(|address| paths.get(&address)).copied();
-        if let Some(path) = self.path {
-            self.mtu = self.expected_mtu.min(path.mtu);
+    fn narrow(&mut self, paths: &BTreeMap<IpAddr, Mtu>) {
+        if let Some(found) = self.probe.and_then(|address| paths.get(&address)) {
+            self.mtu = self.expected_mtu.min(*found);
         }
     }
 
@@ -516,7 +514,7 @@ fn route_to(
     if let Some(end) = &peer.overlay {
         return Route {
             device: end.device.to_owned(),
-            via: overlay::next_hop(node, &peer.pod_prefixes, prefix.family()),
+            via: overlay::next_hop(node, &peer.verified.pod_prefixes, prefix.family()),
             onlink: prefix.family() == Family::V4,
             encapsulation: (end.kind == OverlayKind::Geneve).then(|| Encapsulation {
                 id: config.routing.vni.number(),

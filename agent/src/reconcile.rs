@@ -2,10 +2,11 @@
 //!
 //! Each pass looks at the machine, plans, and brings each driver from what it observes to what is planned: the gate first, so that
 //! existing secured traffic keeps flowing and what cannot be secured yet is dropped; if we crash on any line, both stay true. A wake-up
-//! only says "look again"; there is no second path for start, change, drift or restart. A pass for which only the mesh has changed may save
-//! itself the look at what nobody else has touched.
+//! only says "look again"; there is no second path for start, change, drift or restart. A pass may save itself the look at what nobody else
+//! has touched, see `look`.
 
 mod answers;
+mod look;
 mod memory;
 mod tally;
 
@@ -26,7 +27,7 @@ use shroud_keyd::{NodeKey, Snapshot, Telemetry};
 use shroud_model::{OverlayFormat, Prefix};
 use shroud_overlay::Overlay;
 use shroud_routing::path_mtu::Prober;
-use shroud_routing::{Facts, Hop, Kernel};
+use shroud_routing::{Facts, Hop, InstalledRoute, Kernel};
 use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
@@ -41,9 +42,12 @@ use crate::rates::{Rates, direction};
 use crate::serve::Request;
 use crate::status::DirectoryStatus;
 
+use self::look::{Look, TURNS, Ways};
+
 pub(crate) use self::tally::Tally;
 
-/// Changes come in bursts; a burst is one reason to look. This long at least is between two passes.
+/// Changes come in bursts; a burst is one reason to look. This long at least is between a pass and one that somebody else's change makes necessary,
+/// and between the beginnings of two for the mesh.
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long the first change is kept waiting for those that come with it.
 const BURST: Duration = Duration::from_millis(10);
@@ -126,6 +130,9 @@ pub(crate) struct Reconciler {
     wiring: Wiring,
     /// The gate as the last pass left it, where that is known without a look.
     gate_as_left: Option<shroud_ebpf::Observed>,
+    ways: Ways,
+    /// When the first change of the mesh was heard of that no pass has seen yet.
+    heard: Option<Instant>,
     /// Whether the directory is only a memory of an earlier run.
     from_memory: bool,
     /// Whether pods may opt out, and nobody can say which have.
@@ -141,12 +148,21 @@ pub(crate) struct Reconciler {
 /// One comparison of the kernel with the plan.
 struct Pass {
     number: u64,
-    plan: Plan,
+    plan: Arc<Plan>,
+    /// Whether all that is ours is as planned since then.
+    as_planned: bool,
     surroundings: Surroundings,
     snapshot: Arc<Snapshot>,
     changes: usize,
     failures: Vec<Problem>,
     took: Duration,
+}
+
+/// What a pass looks at, and what it has seen of ours while looking at what is around us.
+struct Seen {
+    look: Look,
+    tunnel: Option<shroud_tunnel::Observed>,
+    routes: Option<Vec<InstalledRoute>>,
 }
 
 /// What a pass did so far.
@@ -159,7 +175,7 @@ struct Report {
 /// How a round over the overlay's devices went.
 #[derive(Default)]
 struct OverlayRound {
-    /// Whether any change was tried.
+    /// Whether a change of a device was tried.
     tried: bool,
     /// Whether anything is left to do.
     left: bool,
@@ -212,6 +228,8 @@ impl Reconciler {
             prober,
             wiring,
             gate_as_left: None,
+            ways: Ways::default(),
+            heard: None,
             from_memory: false,
             opt_outs_unknown: false,
             last: None,
@@ -225,19 +243,23 @@ impl Reconciler {
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self, wakes: &Receiver<Wake>) {
-        let mut next_look = Instant::now();
+        let (mut next_look, mut next) = (Instant::now(), Look::Everything);
+        let mut turns = TURNS.into_iter().cycle();
+        let share = *self.config.resync / u32::try_from(TURNS.len()).expect("a handful");
         loop {
             let begun = Instant::now();
-            let looks = begun >= next_look;
-            let report = self.pass(begun, looks);
+            let due = begun >= next_look;
+            let report = self.pass(begun, if due { next } else { Look::Nothing });
             self.tally.add(&report, begun.elapsed());
             let ended = Instant::now();
             self.wiring.pulse.send_replace(ended);
-            if looks {
-                next_look = ended + *self.config.resync;
+            if due {
+                next = turns.next().map_or(Look::Everything, Look::At);
+                next_look = ended + share;
             }
             if !report.failures.is_empty() {
                 // What we take for granted may be wrong.
+                next = Look::Everything;
                 next_look = next_look.min(ended + SETTLE);
             }
             let mut deadline = next_look;
@@ -247,14 +269,14 @@ impl Reconciler {
                     // However many questions there are, a pass comes first.
                     break;
                 }
-                let soon = || Instant::now().max(ended + SETTLE);
                 match wakes.recv_timeout(left) {
                     Ok(Wake::Mesh) => {
-                        self.take_note_of_peers(Instant::now());
-                        deadline = deadline.min(soon().max(Instant::now() + BURST));
+                        let heard = *self.heard.get_or_insert(Instant::now());
+                        deadline = deadline.min((heard + BURST).max(begun + SETTLE));
                     }
                     Ok(Wake::Kernel) => {
-                        next_look = next_look.min(soon());
+                        next = Look::Everything;
+                        next_look = next_look.min(Instant::now().max(ended + SETTLE));
                         deadline = deadline.min(next_look);
                     }
                     Ok(Wake::Question { request, answer }) => {
@@ -268,20 +290,19 @@ impl Reconciler {
         }
     }
 
-    /// Takes note of the moment at which peers are first heard of.
-    fn take_note_of_peers(&mut self, now: Instant) {
-        if let Some(snapshot) = &self.wiring.mesh.borrow().snapshot {
-            let keys = snapshot.peers.values().map(|peer| peer.public_key).collect();
-            self.convergence.announced(&keys, now);
-        }
-    }
-
-    /// Compares the kernel with the plan once, and mends what differs. Unless it `looks`, what this machine is like around us is taken from the
-    /// last pass: then only the mesh has changed, and looking at all ways to thousands of peers would be most of the work.
-    fn pass(&mut self, begun: Instant, looks: bool) -> Report {
+    /// Compares the kernel with the plan once, and mends what differs. What it does not look at is taken to be as the last pass left it.
+    fn pass(&mut self, begun: Instant, look: Look) -> Report {
         let mut report = Report::default();
-        self.take_note_of_peers(begun);
+        let heard = self.heard.take().unwrap_or(begun);
         let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
+        let last = self.last.as_ref();
+        let news = known
+            .as_ref()
+            .filter(|known| last.is_none_or(|last| !Arc::ptr_eq(&last.snapshot, known)));
+        if let Some(snapshot) = news {
+            let keys = snapshot.peers.values().map(|peer| peer.public_key).collect();
+            self.convergence.announced(&keys, heard);
+        }
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
         self.opt_outs_unknown = match &known {
             Some(snapshot) => opted_out(&self.config, snapshot).is_none(),
@@ -292,7 +313,7 @@ impl Reconciler {
         self.choose(&mut report);
         let converged = match known {
             Some(snapshot) => {
-                let converged = self.converge(&snapshot, looks, &mut report);
+                let converged = self.converge(&snapshot, look, &mut report);
                 if let Ok((plan, _)) = &converged {
                     attaches_pods = self.ensure_cni(plan, &snapshot.own.pod_prefixes, &mut report);
                 }
@@ -311,15 +332,21 @@ impl Reconciler {
                 report.fail(Driver::Look, &error);
                 if let Some(last) = &mut self.last {
                     last.failures = problems(&report);
+                    last.as_planned = false;
                 }
                 return report;
             }
         };
         // Only where the way is as planned: elsewhere a probe could leave in the clear, and would tell nothing of the tunnel.
         let way_is_there = surroundings.encryption_device.is_some() && report.failures.is_empty();
-        let probed = plan.peers.values().filter(|_| way_is_there);
-        let probed = probed.filter_map(|peer| Some((peer.probe?, peer.expected_mtu)));
-        self.prober.set_targets(&probed.collect());
+        let as_planned = snapshot.origin == Origin::Source && self.choice.is_ok() && report.failures.is_empty();
+        let last = self.last.as_ref();
+        let is_news = last.is_none_or(|last| !(as_planned && last.as_planned && Arc::ptr_eq(&last.plan, &plan)));
+        if is_news {
+            let probed = plan.peers.values().filter(|_| way_is_there);
+            let probed = probed.filter_map(|peer| Some((peer.probe?, peer.expected_mtu)));
+            self.prober.set_targets(&probed.collect());
+        }
         let presence = Presence {
             addresses: plan.addresses.clone(),
             backend: plan.tunnel.backend,
@@ -347,6 +374,7 @@ impl Reconciler {
         self.last = Some(Pass {
             number,
             plan,
+            as_planned,
             surroundings,
             snapshot,
             changes: report.changes.len(),
@@ -378,40 +406,42 @@ impl Reconciler {
     /// device, gate and routes are planned again: its number and its presence are part of both.
     fn converge(
         &mut self,
-        snapshot: &Snapshot,
-        looks: bool,
+        snapshot: &Arc<Snapshot>,
+        look: Look,
         report: &mut Report,
-    ) -> anyhow::Result<(Plan, Surroundings)> {
-        // Where our pods are depends on which addresses they have.
-        let known = self
-            .last
-            .as_ref()
-            .filter(|last| !looks && last.snapshot.own == snapshot.own);
-        let known = known.map(|last| last.surroundings.clone());
-        let surroundings = match known {
-            Some(known) => self.look_for_new(snapshot, known)?,
-            None => self.look(snapshot)?,
-        };
-        let plan = self.plan(snapshot, &surroundings);
-        self.ensure_gate(&plan.gate, looks, report);
-        let device_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, report);
+    ) -> anyhow::Result<(Arc<Plan>, Surroundings)> {
+        let (surroundings, mut seen) = self.look(snapshot, look)?;
+        let plan = self.plan_for(snapshot, &surroundings);
+        self.ensure_gate(&plan.gate, seen.look, report);
+        let device_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, &mut seen, report);
         if self.choice.is_ok() && !report.failed(Driver::Tunnel) {
             self.convergence.configured(plan.tunnel.peers.keys(), Instant::now());
         }
         let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         if !device_changed && !overlay.tried {
-            self.ensure_routing(&plan.routing, report);
+            self.ensure_routing(&plan.routing, &mut seen, report);
             self.finish_overlay(&plan.overlay, &overlay, report);
             return Ok((plan, surroundings));
         }
-        let surroundings = self.look(snapshot)?;
-        let plan = self.plan(snapshot, &surroundings);
+        let (surroundings, mut seen) = self.look(snapshot, Look::Everything)?;
+        let plan = Arc::new(self.plan(snapshot, &surroundings));
         // The gate first: nothing that a new device decrypts goes on unseen.
-        self.ensure_gate(&plan.gate, true, report);
+        self.ensure_gate(&plan.gate, seen.look, report);
         let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
-        self.ensure_routing(&plan.routing, report);
+        self.ensure_routing(&plan.routing, &mut seen, report);
         self.finish_overlay(&plan.overlay, &overlay, report);
         Ok((plan, surroundings))
+    }
+
+    /// The plan; the last one where nothing differs of all that it depends on.
+    fn plan_for(&self, snapshot: &Arc<Snapshot>, surroundings: &Surroundings) -> Arc<Plan> {
+        let is_the_same = |last: &&Pass| {
+            Arc::ptr_eq(&last.snapshot, snapshot) && last.as_planned && last.surroundings == *surroundings
+        };
+        match self.last.as_ref().filter(is_the_same) {
+            Some(last) => Arc::clone(&last.plan),
+            None => Arc::new(self.plan(snapshot, surroundings)),
+        }
     }
 
     fn plan(&self, snapshot: &Snapshot, surroundings: &Surroundings) -> Plan {
@@ -427,7 +457,7 @@ impl Reconciler {
 
     /// Before the first complete list nobody is a peer. Where a gate of an earlier agent works on, it knows more than we do and is left
     /// alone; where there is none, an empty one goes in, which drops everything protected.
-    fn fence_until_known(&mut self, report: &mut Report) -> anyhow::Result<(Plan, Surroundings, Arc<Snapshot>)> {
+    fn fence_until_known(&mut self, report: &mut Report) -> anyhow::Result<(Arc<Plan>, Surroundings, Arc<Snapshot>)> {
         let nobody = Snapshot {
             origin: Origin::Cache,
             own: Own {
@@ -440,7 +470,7 @@ impl Reconciler {
             opted_out: None,
             problems: Vec::new(),
         };
-        let surroundings = self.look(&nobody)?;
+        let (surroundings, _) = self.look(&nobody, Look::Everything)?;
         let mut plan = self.plan(&nobody, &surroundings);
         plan.problems.push(
             Check::DirectoryWaiting
@@ -452,61 +482,78 @@ impl Reconciler {
                 ..table
             };
         }
-        self.ensure_gate(&plan.gate, true, report);
-        Ok((plan, surroundings, Arc::new(nobody)))
+        self.ensure_gate(&plan.gate, Look::Everything, report);
+        Ok((Arc::new(plan), surroundings, Arc::new(nobody)))
     }
 
-    /// What this machine looked like around us, and the ways to peers that are new.
-    fn look_for_new(&mut self, snapshot: &Snapshot, known: Surroundings) -> anyhow::Result<Surroundings> {
-        let mut hops = known.hops;
-        let wanted = addresses_of_interest(snapshot);
-        hops.retain(|address, _| wanted.contains(address));
-        let new = wanted
-            .into_iter()
-            .filter(|address| !hops.contains_key(address))
-            .collect();
-        let found = self
-            .kernel
-            .lookup_all(&new, Some(self.config.gate.tunnel_mark))
-            .context("look up the routes to new peers")?;
-        hops.extend(found);
-        Ok(Surroundings {
-            pod_devices: pod_devices(&self.config, &known.facts, &hops),
-            hops,
-            paths: self.prober.snapshot(),
-            ..known
-        })
-    }
-
-    /// What this machine looks like around us.
-    fn look(&mut self, snapshot: &Snapshot) -> anyhow::Result<Surroundings> {
-        let facts = self
-            .kernel
-            .facts(&snapshot.own.pod_prefixes)
-            .context("look at links, addresses and routes")?;
-        let hops = self
-            .kernel
-            .lookup_all(&addresses_of_interest(snapshot), Some(self.config.gate.tunnel_mark))
-            .context("look up the routes to peers")?;
-        let overlay = self.overlay.observe().context("look at overlay devices")?;
+    /// What this machine looks like around us, and what was seen of ours on the way. What it is not the time to look at is as the last pass has it.
+    fn look(&mut self, snapshot: &Snapshot, look: Look) -> anyhow::Result<(Surroundings, Seen)> {
+        // Where our pods are depends on which addresses they have.
+        let last = self.last.as_ref();
+        let known = last.filter(|last| look != Look::Everything && last.snapshot.own == snapshot.own);
+        let (known, look) = match known {
+            Some(last) => (last.surroundings.clone(), look),
+            None => (Surroundings::default(), Look::Everything),
+        };
+        let mut seen = Seen {
+            look,
+            tunnel: None,
+            routes: None,
+        };
+        let (facts, overlay_devices) = if look.is_at(Driver::Routing) {
+            let (facts, routes) = self
+                .kernel
+                .survey(&snapshot.own.pod_prefixes)
+                .context("look at links, addresses and routes")?;
+            let overlay = self.overlay.observe().context("look at overlay devices")?;
+            seen.routes = Some(routes);
+            (facts, overlay.devices.into_keys().collect())
+        } else {
+            (known.facts, known.overlay_devices)
+        };
+        let hops = self.look_at_ways(snapshot, known.hops, look)?;
         let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
-        let encryption_device = encryption_device.filter(|_| self.encrypts_with_our_key());
-        Ok(Surroundings {
+        let same_device = known.encryption_device.is_some() && known.encryption_device == encryption_device;
+        let encrypts = if look.is_at(Driver::Tunnel) || !same_device {
+            seen.tunnel = self.tunnel.observe(&self.config.encryption.device).ok();
+            seen.tunnel
+                .as_ref()
+                .is_some_and(|observed| self.encrypts_with_our_key(observed))
+        } else {
+            true
+        };
+        let surroundings = Surroundings {
             pod_devices: pod_devices(&self.config, &facts, &hops),
             facts,
             hops,
-            encryption_device,
-            overlay_devices: overlay.devices.into_keys().collect(),
-            paths: self.prober.snapshot(),
-        })
+            encryption_device: encryption_device.filter(|_| encrypts),
+            overlay_devices,
+            paths: self.prober.sizes(),
+        };
+        Ok((surroundings, seen))
+    }
+
+    /// The ways to peers: those that are known, and what the kernel says of the others and of those whose turn it is.
+    fn look_at_ways(
+        &mut self,
+        snapshot: &Snapshot,
+        mut hops: BTreeMap<IpAddr, Hop>,
+        look: Look,
+    ) -> anyhow::Result<BTreeMap<IpAddr, Hop>> {
+        let wanted = addresses_of_interest(snapshot);
+        hops.retain(|address, _| wanted.contains(address));
+        let ask = self.ways.due(&wanted, &hops, look);
+        let found = self
+            .kernel
+            .lookup_all(&ask, Some(self.config.gate.tunnel_mark))
+            .context("look up the routes to peers")?;
+        hops.extend(found);
+        Ok(hops)
     }
 
     /// Whether the encryption device is WireGuard, works, and has this node's key. Takes note of those that have shaken hands.
-    fn encrypts_with_our_key(&mut self) -> bool {
-        let Ok(observed) = self.tunnel.observe(&self.config.encryption.device) else {
-            return false;
-        };
-        let Some(device) = observed.device else {
+    fn encrypts_with_our_key(&mut self, observed: &shroud_tunnel::Observed) -> bool {
+        let Some(device) = &observed.device else {
             return false;
         };
         let now = Instant::now();
@@ -518,9 +565,10 @@ impl Reconciler {
         device.public_key == Some(self.key.public)
     }
 
-    /// Unless it `looks`, the gate is taken to be as the last pass left it: reading the table of thousands of peers takes longer than changing it.
-    fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, looks: bool, report: &mut Report) {
-        let observed = match self.gate_as_left.take().filter(|_| !looks) {
+    /// Unless it is the time to look, the gate is taken to be as the last pass left it: reading the table of thousands of peers takes longer than
+    /// changing it.
+    fn ensure_gate(&mut self, desired: &shroud_ebpf::Desired, look: Look, report: &mut Report) {
+        let observed = match self.gate_as_left.take().filter(|_| !look.is_at(Driver::Gate)) {
             Some(left) => left,
             None => match self.gate.observe() {
                 Ok(observed) => observed,
@@ -541,14 +589,18 @@ impl Reconciler {
         let mut left = Some(observed);
         for change in changes {
             let result = self.gate.apply(&change).map_err(Into::into);
-            left = match (&change, &result) {
-                (shroud_ebpf::Change::ReplaceTable { new, .. }, Ok(())) => left.map(|left| shroud_ebpf::Observed {
-                    table: Some(Table::clone(new)),
-                    ..left
-                }),
-                _ => None,
-            };
+            let done = result.is_ok();
             report.note(Driver::Gate, &change, result);
+            left = if let shroud_ebpf::Change::ReplaceTable { new, .. } = change
+                && done
+            {
+                left.map(|left| shroud_ebpf::Observed {
+                    table: Some(*new),
+                    ..left
+                })
+            } else {
+                None
+            };
         }
         self.gate_as_left = left;
     }
@@ -562,16 +614,31 @@ impl Reconciler {
             .collect()
     }
 
+    /// The plan as which all that is ours is, where the last pass left it so.
+    fn as_planned(&self) -> Option<&Plan> {
+        let last = self.last.as_ref().filter(|last| last.as_planned);
+        last.map(|last| last.plan.as_ref())
+    }
+
     /// Answers whether a change of the device itself was tried, which the rest of the plan depends on. Peers are nobody else's business.
-    fn ensure_tunnel(&mut self, desired: &shroud_tunnel::Desired, report: &mut Report) -> bool {
-        let observed = match self.tunnel.observe(&desired.device) {
-            Ok(observed) => observed,
-            Err(error) => {
-                report.fail(Driver::Tunnel, &error.into());
-                return false;
-            }
+    fn ensure_tunnel(&mut self, desired: &shroud_tunnel::Desired, seen: &mut Seen, report: &mut Report) -> bool {
+        let looks = seen.look.is_at(Driver::Tunnel) || seen.tunnel.is_some();
+        let before = self.as_planned().filter(|_| !looks);
+        let changes = match before.and_then(|before| shroud_tunnel::diff_plans(desired, &before.tunnel)) {
+            Some(changes) => changes,
+            None => match seen
+                .tunnel
+                .take()
+                .map_or_else(|| self.tunnel.observe(&desired.device), Ok)
+            {
+                Ok(observed) => shroud_tunnel::diff(desired, &observed),
+                Err(error) => {
+                    report.fail(Driver::Tunnel, &error.into());
+                    return false;
+                }
+            },
         };
-        let changes = self.allowed(shroud_tunnel::diff(desired, &observed));
+        let changes = self.allowed(changes);
         let is_removal = |change: &&shroud_tunnel::Change| matches!(change, shroud_tunnel::Change::RemoveDevice { .. });
         let (removals, rest) = changes.split_at(changes.iter().take_while(is_removal).count());
         for change in removals {
@@ -614,7 +681,7 @@ impl Reconciler {
                 round.left = true;
                 continue;
             }
-            round.tried = true;
+            round.tried |= is_of_a_device(&change);
             let result = self.overlay.apply(&change).map_err(Into::into);
             round.left |= result.is_err();
             report.note(Driver::Overlay, &change, result);
@@ -635,13 +702,17 @@ impl Reconciler {
         if !self.config.cni.install || pod_prefixes.is_empty() {
             return false;
         }
-        let guarded = self.gate.observe().is_ok_and(|observed| {
-            let uplinks = &plan.gate.uplinks;
+        let uplinks = &plan.gate.uplinks;
+        let guards = |observed: &shroud_ebpf::Observed| {
             !uplinks.is_empty()
                 && observed.table.is_some()
-                && uplinks.is_subset(&attached_at(&observed, Hook::Egress))
-                && uplinks.is_subset(&attached_at(&observed, Hook::Ingress))
-        });
+                && uplinks.is_subset(&attached_at(observed, Hook::Egress))
+                && uplinks.is_subset(&attached_at(observed, Hook::Ingress))
+        };
+        let guarded = match &self.gate_as_left {
+            Some(observed) => guards(observed),
+            None => self.gate.observe().is_ok_and(|observed| guards(&observed)),
+        };
         if !guarded {
             return false;
         }
@@ -663,12 +734,22 @@ impl Reconciler {
         }
     }
 
-    fn ensure_routing(&mut self, desired: &shroud_routing::Desired, report: &mut Report) {
-        let observed = match self.kernel.observe(desired) {
-            Ok(observed) => observed,
-            Err(error) => return report.fail(Driver::Routing, &error.into()),
+    fn ensure_routing(&mut self, desired: &shroud_routing::Desired, seen: &mut Seen, report: &mut Report) {
+        let before = self.as_planned().filter(|_| !seen.look.is_at(Driver::Routing));
+        let changes = match before.and_then(|before| shroud_routing::diff_plans(desired, &before.routing)) {
+            Some(changes) => changes,
+            None => {
+                let observed = match seen.routes.take() {
+                    Some(routes) => self.kernel.observe_beside(routes, desired),
+                    None => self.kernel.observe(desired),
+                };
+                match observed {
+                    Ok(observed) => shroud_routing::diff(desired, &observed),
+                    Err(error) => return report.fail(Driver::Routing, &error.into()),
+                }
+            }
         };
-        for change in self.allowed(shroud_routing::diff(desired, &observed)) {
+        for change in self.allowed(changes) {
             let result = self
                 .kernel
                 .apply(&change)
@@ -713,6 +794,19 @@ fn is_no_removal(change: &shroud_overlay::Change) -> bool {
         // To be made anew in the same pass.
         Change::RemoveDevice { because, .. } => !because.is_empty(),
         Change::RemoveForwarding { .. } | Change::RemoveNeighbour { .. } => false,
+    }
+}
+
+/// Whether a step of the overlay is about a device, and not about who is behind it.
+fn is_of_a_device(change: &shroud_overlay::Change) -> bool {
+    use shroud_overlay::Change;
+
+    match change {
+        Change::CreateDevice { .. } | Change::SetDevice { .. } | Change::RemoveDevice { .. } => true,
+        Change::SetForwarding { .. }
+        | Change::SetNeighbour { .. }
+        | Change::RemoveForwarding { .. }
+        | Change::RemoveNeighbour { .. } => false,
     }
 }
 

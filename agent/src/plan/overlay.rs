@@ -194,12 +194,13 @@ pub(crate) fn next_hop(node: &NodeName, pod_prefixes: &BTreeSet<Prefix>, family:
 
 fn vtep(device: &str, node: &NodeName, peer: &PlannedPeer) -> Option<Vtep> {
     let end = peer.overlay.as_ref().filter(|end| end.device == device)?;
-    let families = peer.pod_prefixes.iter().map(|prefix| prefix.family());
+    let pod_prefixes = &peer.verified.pod_prefixes;
+    let families = pod_prefixes.iter().map(|prefix| prefix.family());
     Some(Vtep {
         mac: Mac::of(node.id()),
         underlay: end.remote,
         addresses: families
-            .filter_map(|family| next_hop(node, &peer.pod_prefixes, family))
+            .filter_map(|family| next_hop(node, pod_prefixes, family))
             .collect(),
     })
 }

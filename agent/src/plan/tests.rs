@@ -5,7 +5,6 @@ use shroud_ebpf::{Owner, Path as Way};
 use shroud_keyd::directory::{Origin, Own, Refused};
 use shroud_keyd::{Peer, Reason};
 use shroud_model::PrivateKey;
-use shroud_routing::path_mtu::PathState;
 use shroud_routing::{Address, LinkFacts};
 
 use super::*;
@@ -426,14 +425,10 @@ fn a_narrow_place_makes_packets_to_that_peer_smaller_and_no_device() {
         .configured(|config| config.encrypt.nodes = true)
         .announcing("b", |b| b.encrypts_nodes = true)
         .peer("c", 3, &["172.18.0.3"], &["10.244.3.0/24"]);
-    let found = PathMtu {
-        mtu: Mtu::new(1300).unwrap(),
-        state: PathState::Reduced,
-        rtt: None,
-        sent: 9,
-        lost: 3,
-    };
-    world.surroundings.paths.insert(ip("10.244.2.0"), found);
+    world
+        .surroundings
+        .paths
+        .insert(ip("10.244.2.0"), Mtu::new(1300).unwrap());
 
     let plan = world.plan();
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Context as _;
 use shroud_ebpf::{Hook, Reason};
 use shroud_model::NodeName;
+use shroud_routing::path_mtu::PathMtu;
 use shroud_tunnel::{Backend, ObservedPeer};
 use tracing::{error, warn};
 
@@ -78,6 +79,7 @@ impl Reconciler {
             self.gate.counters().context("read the gate's counters")?,
         );
         let directory = self.wiring.mesh.borrow().directory.clone();
+        let paths = self.prober.snapshot();
         let peers: Vec<PeerStatus> = last
             .plan
             .peers
@@ -87,6 +89,7 @@ impl Reconciler {
                     name,
                     planned,
                     observed_peer(tunnel, planned),
+                    planned.probe.and_then(|address| paths.get(&address)),
                     &last.plan.tunnel.backend,
                     !self.config.encryption.keepalive.is_zero(),
                 )
@@ -383,6 +386,7 @@ fn peer_status(
     name: &NodeName,
     planned: &PlannedPeer,
     seen: Option<&ObservedPeer>,
+    path: Option<&PathMtu>,
     backend: &Backend,
     keepalive: bool,
 ) -> PeerStatus {
@@ -417,14 +421,14 @@ fn peer_status(
             .map_or("native", |end| end.kind.name())
             .to_owned(),
         mtu: planned.mtu,
-        path: planned.path.map(|path| PathStatus {
+        path: path.map(|path| PathStatus {
             state: path.state.to_string(),
             expected_mtu: planned.expected_mtu,
             rtt_milliseconds: path.rtt.map(|rtt| rtt.as_secs_f64() * 1000.0),
             probes_sent: path.sent,
             probes_lost: path.lost,
         }),
-        pod_prefixes: planned.pod_prefixes.iter().copied().collect(),
+        pod_prefixes: planned.verified.pod_prefixes.iter().copied().collect(),
         encrypts_nodes: planned.encrypts_nodes,
         in_the_clear: planned
             .in_zone

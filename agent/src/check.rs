@@ -53,6 +53,10 @@ checks! {
     TunnelDeviceForeign = "tunnel-device-foreign",
     /// The encryption device could not be read or changed.
     TunnelFailed = "tunnel-failed",
+    /// A change of this node's key waits for peers.
+    KeyRotationWaits = "key-rotation-waits",
+    /// This node's key could not be changed.
+    KeyNotRotated = "key-not-rotated",
     /// The kernel has no such overlay devices.
     OverlayKindMissing = "overlay-kind-missing",
     /// Another program has the overlay's UDP port.
@@ -191,17 +195,20 @@ pub(crate) enum Driver {
     Overlay,
     Routing,
     Cni,
+    /// Changing this node's key.
+    Keys,
 }
 
 impl Driver {
     /// Every part, in the order in which they work.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Look,
         Self::Gate,
         Self::Tunnel,
         Self::Overlay,
         Self::Routing,
         Self::Cni,
+        Self::Keys,
     ];
 
     /// Its name in logs and reports.
@@ -213,6 +220,7 @@ impl Driver {
             Self::Overlay => "overlay",
             Self::Routing => "routing",
             Self::Cni => "cni",
+            Self::Keys => "keys",
         }
     }
 
@@ -245,6 +253,7 @@ impl Driver {
             Self::Overlay => Check::OverlayFailed,
             Self::Routing => Check::RoutingFailed,
             Self::Cni => Check::CniFailed,
+            Self::Keys => Check::KeyNotRotated,
         }
     }
 }
@@ -455,6 +464,7 @@ mod tests {
             (cni(cni::Error::NoFolder { path: "f".into() }), Check::CniFolderMissing),
             (cni(cni::Error::Foreign { path: "f".into() }), Check::CniFileForeign),
             ((Driver::Cni, anyhow::anyhow!("dark")), Check::CniFailed),
+            ((Driver::Keys, anyhow::anyhow!("dark")), Check::KeyNotRotated),
             ((Driver::Look, anyhow::anyhow!("dark")), Check::LookFailed),
         ];
 

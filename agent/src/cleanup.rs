@@ -12,6 +12,7 @@ use shroud_routing::Kernel;
 use shroud_tunnel::Tunnel;
 
 use crate::config::Config;
+use crate::plan::lane::Lane;
 use crate::reconcile::{gate_options, tunnel_options};
 use crate::status::VERSION;
 
@@ -44,7 +45,7 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
         version: VERSION,
         ..Cleaned::default()
     };
-    let device = &config.encryption.device;
+    let devices = Lane::ALL.map(|lane| lane.device(&config.encryption));
     let mut kernel = Kernel::open().context("open routing netlink")?;
 
     // First, so that no pod starts that would soon have no way.
@@ -59,28 +60,28 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
     cleaned.failures.extend(routes.errors.iter().map(ToString::to_string));
 
     let mut overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
-    let devices = overlay.remove();
-    cleaned.removed.extend(devices.removed);
-    cleaned.failures.extend(devices.errors.iter().map(ToString::to_string));
+    let removed = overlay.remove();
+    cleaned.removed.extend(removed.removed);
+    cleaned.failures.extend(removed.errors.iter().map(ToString::to_string));
 
-    let tunnel = Tunnel::new(tunnel_options(config)).remove(device);
-    cleaned.removed.extend(tunnel.removed);
-    cleaned.failures.extend(tunnel.errors.iter().map(ToString::to_string));
-    match kernel.delete_link(device) {
-        Ok(true) => cleaned.removed.push(format!("device {device}")),
-        Ok(false) => {}
-        Err(error) => cleaned.failures.push(error.to_string()),
+    let mut tunnel = Tunnel::new(tunnel_options(config));
+    for device in &devices {
+        let removal = tunnel.remove(device);
+        cleaned.removed.extend(removal.removed);
+        cleaned.failures.extend(removal.errors.iter().map(ToString::to_string));
+        match kernel.delete_link(device) {
+            Ok(true) => cleaned.removed.push(format!("device {device}")),
+            Ok(false) => {}
+            Err(error) => cleaned.failures.push(error.to_string()),
+        }
     }
 
     let gate = Gate::remove(&gate_options(config));
     cleaned.removed.extend(gate.removed);
     cleaned.failures.extend(gate.errors.iter().map(ToString::to_string));
 
-    for file in [
-        config.socket(),
-        lock,
-        config.runtime_dir.join(format!("{device}.wire.log")),
-    ] {
+    let logs = devices.map(|device| config.runtime_dir.join(format!("{device}.wire.log")));
+    for file in [config.socket(), lock].into_iter().chain(logs) {
         match std::fs::remove_file(&file) {
             Ok(()) => cleaned.removed.push(format!("file {}", file.display())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -88,7 +89,7 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<Cleaned> {
         }
     }
     cleaned.kept.push(format!(
-        "{} (this node's key and what it last knew of the mesh)",
+        "{} (this node's keys and what it last knew of the mesh)",
         config.state_dir.display()
     ));
     Ok(cleaned)

@@ -100,7 +100,10 @@ pub(crate) enum Command {
         view: View,
     },
 
-    /// Removes everything of ours from the kernel: routes, encryption device, gate. Keys stay.
+    /// Has this node take a new key, and says how far that is. No packet is lost; the old key goes when all peers use the new one.
+    Rotate(View),
+
+    /// Removes everything of ours from the kernel: routes, encryption devices, gate. Keys stay.
     Cleanup {
         /// The configuration file of the agent to clean up after.
         #[arg(long, value_name = "FILE")]

@@ -270,7 +270,9 @@ fn differs(agent: &Status, as_peer: &PeerStatus, whose: &NodeName) -> Option<Pro
             "{node} has the key {key}, and {whose} takes {other} for its key"
         ))
     };
-    (agent.public_key != as_peer.public_key).then(says)
+    let next = agent.rotation.as_ref().map(|rotation| rotation.public_key);
+    let known = [Some(agent.public_key), next];
+    (!known.contains(&Some(as_peer.public_key))).then(says)
 }
 
 /// Why protected traffic may leave a node in the clear, if so.

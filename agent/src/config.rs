@@ -10,6 +10,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shroud_ebpf::{MAX_OPEN_PORTS, Port};
@@ -70,6 +71,10 @@ pub(crate) struct Config {
     /// How it is encrypted.
     #[serde(default)]
     pub(crate) encryption: Encryption,
+
+    /// How this node's key changes.
+    #[serde(default)]
+    pub(crate) keys: Keys,
 
     /// What happens to what is not.
     #[serde(default)]
@@ -154,15 +159,30 @@ pub(crate) struct Encryption {
     /// `kernel`: the kernel's WireGuard. `userspace`: our own, a process that outlives the agent. `auto`: the kernel's where it works.
     pub(crate) backend: EncryptionBackend,
 
-    /// The name of the encryption device; begins with `shroud`, by which it is recognised as ours.
+    /// The name of the encryption device; begins with `shroud`, by which it is recognised as ours. While keys change there are up to three
+    /// more, whose names end in `-1` to `-3`.
     pub(crate) device: String,
 
-    /// The UDP port of the tunnel.
+    /// The UDP port of the tunnel. While keys change, and where some nodes have changed theirs and others have not, up to three of the ports
+    /// that follow are in use too.
     pub(crate) listen_port: u16,
 
     /// How often an idle tunnel sends a packet, so that a dead peer is noticed and NAT stays open; `0` for never. With thousands of
     /// nodes, idle tunnels cost each of them some packets per second.
     pub(crate) keepalive: Interval,
+}
+
+/// How this node's key changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(crate) struct Keys {
+    /// After how long this node takes a new key, up to a tenth sooner or later; `0` for only when asked (`shroud rotate`). No packet is lost
+    /// by it. WireGuard's session keys change every two minutes anyway.
+    pub(crate) rotate_every: Interval,
+
+    /// How long a peer that still answers to the old key alone is waited for. After that the old key goes, and with it the connections of
+    /// such a peer, until it hears of the new one.
+    pub(crate) rotate_within: Interval,
 }
 
 /// The wish for a WireGuard implementation.
@@ -334,6 +354,15 @@ impl Default for Encryption {
     }
 }
 
+impl Default for Keys {
+    fn default() -> Self {
+        Self {
+            rotate_every: Interval::from_secs(0),
+            rotate_within: Interval::from_secs(86_400),
+        }
+    }
+}
+
 impl Default for Gate {
     fn default() -> Self {
         Self {
@@ -405,6 +434,9 @@ impl fmt::Display for Refused {
 }
 
 impl std::error::Error for Refused {}
+
+/// The shortest time that a key may be in force: several times what a change takes.
+const SHORTEST_KEY: Duration = Duration::from_secs(600);
 
 impl Config {
     /// Reads and checks a configuration file.
@@ -498,17 +530,18 @@ impl Config {
         }
         let device = &self.encryption.device;
         let well_formed = device.starts_with("shroud")
-            && device.len() <= 15
+            && device.len() <= 13
             && device
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.');
         if !well_formed {
-            let reason = "must begin with `shroud`, by which it is known as ours, and have at most 15 letters, digits, '-' or '.'";
+            let reason = "must begin with `shroud`, by which it is known as ours, and have at most 13 letters, digits, '-' or '.'";
             return Err(("encryption.device", device.clone(), reason.to_owned()));
         }
-        if self.encryption.listen_port == 0 {
-            let reason = "is no port that a peer could be told; give 1 to 65535".to_owned();
-            return Err(("encryption.listenPort", "0".to_owned(), reason));
+        let ports = self.encryption.listen_port..=self.encryption.listen_port.saturating_add(3);
+        if self.encryption.listen_port == 0 || self.encryption.listen_port > u16::MAX - 3 {
+            let reason = "is no port that a peer could be told, with three more behind it; give 1 to 65532".to_owned();
+            return Err(("encryption.listenPort", self.encryption.listen_port.to_string(), reason));
         }
         if self.encryption.keepalive.as_secs() > u64::from(u16::MAX) {
             let reason = "is longer than WireGuard can count; give at most 65535s".to_owned();
@@ -518,10 +551,16 @@ impl Config {
             ("routing.vxlanPort", self.routing.vxlan_port),
             ("routing.genevePort", self.routing.geneve_port),
         ] {
-            if port.get() == self.encryption.listen_port {
-                let reason = "is the tunnel's port (`encryption.listenPort`); give each its own".to_owned();
+            if ports.contains(&port.get()) {
+                let reason =
+                    "is the tunnel's port (`encryption.listenPort`), or one of the three behind it; give each its own"
+                        .to_owned();
                 return Err((key, port.to_string(), reason));
             }
+        }
+        if !self.keys.rotate_every.is_zero() && *self.keys.rotate_every < SHORTEST_KEY {
+            let reason = "is too short for all peers to follow; give at least 10m, or 0 for never".to_owned();
+            return Err(("keys.rotateEvery", self.keys.rotate_every.to_string(), reason));
         }
         if self.routing.vxlan_port == self.routing.geneve_port {
             let reason = "is also `routing.vxlanPort`; during a change of mode both are in use".to_owned();

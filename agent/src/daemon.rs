@@ -21,7 +21,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
-use shroud_keyd::{Telemetry, key};
+use shroud_keyd::{NodeKeys, Telemetry, key};
 use shroud_routing::Monitor;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -44,16 +44,18 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node, "shroud agent starts");
     make_private_dir(&config.runtime_dir)?;
     let _only_one = take_lock(&config.runtime_dir)?;
-    let key = key::load_or_create(&config.state_dir).context("load this node's key")?;
-    info!(fingerprint = key.public.fingerprint(), "key");
+    let keys = key::load_or_create(&config.state_dir).context("load this node's keys")?;
+    for key in keys.iter() {
+        info!(fingerprint = key.public.fingerprint(), epoch = key.epoch, "key");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(live(config, key))
+    runtime.block_on(live(config, keys))
 }
 
-async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
+async fn live(config: Config, keys: NodeKeys) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (wakes, woken) = sync_channel(WAKES);
@@ -66,7 +68,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
     let monitor = Monitor::open().context("subscribe to netlink changes")?;
     let own_port = monitor.ignore();
     let listener = serve::bind(&config.socket()).with_context(|| format!("make {}", config.socket().display()))?;
-    let directory = directory::Keeper::new(&config, key.public, mesh_sender, source_sender);
+    let directory = directory::Keeper::new(&config, keys.public(), mesh_sender, source_sender);
     let (listen, stuck_after) = (config.http.listen, http::stuck_after(*config.resync));
     let wiring = Wiring {
         mesh,
@@ -83,7 +85,7 @@ async fn live(config: Config, key: key::NodeKey) -> anyhow::Result<()> {
         .spawn(move || {
             let _ended = ended_sender;
             // Some handles on the kernel own a runtime, which may not end inside another: they are opened and closed here.
-            Reconciler::open(config, key, wiring)?.run(&woken);
+            Reconciler::open(config, keys, wiring)?.run(&woken);
             anyhow::Ok(())
         })
         .context("start the reconcile thread")?;

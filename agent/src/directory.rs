@@ -13,8 +13,9 @@ use anyhow::Context as _;
 use shroud_keyd::announcement::Backend;
 use shroud_keyd::directory::{Origin, Own};
 use shroud_keyd::kubernetes::{self, Wanted};
-use shroud_keyd::{Announcement, Directory, Event, FailureKind, Local, Memory, Record, Telemetry, cache, file};
-use shroud_model::PublicKey;
+use shroud_keyd::{
+    Announcement, Directory, Event, FailureKind, Local, Memory, PublicKeys, Record, Telemetry, cache, file,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
@@ -33,7 +34,6 @@ const SAVING_SHARE: u32 = 20;
 /// The directory, and where its snapshots go.
 pub(crate) struct Keeper {
     config: Config,
-    public_key: PublicKey,
     directory: Directory,
     /// What was last written to the cache, and when the next may be.
     saved: Memory,
@@ -91,18 +91,17 @@ impl Keeper {
     /// Makes an empty directory that knows this node, and takes up what the disk remembers.
     pub(crate) fn new(
         config: &Config,
-        public_key: PublicKey,
+        keys: PublicKeys,
         mesh: watch::Sender<Mesh>,
         telemetry: watch::Sender<Telemetry>,
     ) -> Self {
         let local = Local {
             node: config.node.clone(),
-            public_key,
+            keys,
             pod_prefixes: (!config.pod_prefixes.is_empty()).then(|| config.pod_prefixes.clone()),
         };
         let mut keeper = Self {
             config: config.clone(),
-            public_key,
             directory: Directory::new(local, config.protected.clone()),
             saved: Memory::default(),
             next_save: Instant::now(),
@@ -157,6 +156,9 @@ impl Keeper {
                 () = &mut work => anyhow::bail!("the directory's source ended by itself"),
             }
             let known = presence.borrow_and_update().clone();
+            if let Some(presence) = &known {
+                self.directory.set_own_keys(presence.keys);
+            }
             if let Some(presence) = known.filter(|presence| !presence.addresses.is_empty()) {
                 self.publish(&publisher, &presence);
             }
@@ -243,7 +245,7 @@ impl Keeper {
                 if self.source_problem.is_some() || !folder.publish {
                     return;
                 }
-                let record = record(&self.config, self.public_key, presence);
+                let record = record(&self.config, presence);
                 self.publish_problem = match file::publish(&folder.path, &record) {
                     Ok(_) => None,
                     Err(error) => {
@@ -259,7 +261,7 @@ impl Keeper {
                 let addresses = believed(presence, &own.unwrap_or_default());
                 let complaints = snapshot.filter(|snapshot| snapshot.origin == Origin::Source);
                 let wanted = Wanted {
-                    announcement: Some(announcement(&self.config, self.public_key, presence, addresses).to_json()),
+                    announcement: Some(announcement(&self.config, presence, addresses).to_json()),
                     network_available: presence.attaches_pods,
                     complaints: complaints
                         .map(|snapshot| kubernetes::complaints(&snapshot, &self.config.node))
@@ -344,28 +346,29 @@ fn believed(presence: &Presence, own: &Own) -> Vec<IpAddr> {
 }
 
 /// What this node says of itself, and in a folder also what an authority would.
-fn record(config: &Config, public_key: PublicKey, presence: &Presence) -> Record {
+fn record(config: &Config, presence: &Presence) -> Record {
     let addresses: Vec<IpAddr> = presence.addresses.iter().copied().collect();
     Record {
         node: config.node.clone(),
         addresses: addresses.clone(),
         pod_prefixes: config.pod_prefixes.iter().copied().collect(),
         zone: None,
-        announcement: Some(announcement(config, public_key, presence, addresses).to_json()),
+        announcement: Some(announcement(config, presence, addresses).to_json()),
     }
 }
 
-fn announcement(config: &Config, public_key: PublicKey, presence: &Presence, addresses: Vec<IpAddr>) -> Announcement {
+fn announcement(config: &Config, presence: &Presence, addresses: Vec<IpAddr>) -> Announcement {
     let listen_port = NonZeroU16::new(config.encryption.listen_port).expect("checked when the configuration was read");
     let endpoints = addresses
         .into_iter()
         .take(Announcement::MAX_ENDPOINTS)
         .map(|address| SocketAddr::new(address, listen_port.get()));
     Announcement {
-        public_key,
+        public_key: presence.keys.current.public_key,
         listen_port,
         endpoints: endpoints.collect(),
-        epoch: 1,
+        epoch: presence.keys.current.epoch,
+        next_key: presence.keys.next,
         backend: match presence.backend {
             shroud_tunnel::Backend::Kernel => Backend::Kernel,
             shroud_tunnel::Backend::Userspace => Backend::Userspace,

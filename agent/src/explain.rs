@@ -13,9 +13,10 @@ use shroud_ebpf::{Action, Direction, Facts, Hook, Observed, Reason, Wrapping};
 use shroud_keyd::{Snapshot, Zone};
 use shroud_model::{NodeName, PublicKey};
 use shroud_routing::{Hop, HopKind};
-use shroud_tunnel::Device;
+use shroud_tunnel::{Device, ObservedPeer};
 
 use crate::config::Config;
+use crate::plan::lane::Lane;
 use crate::plan::overlay::End;
 use crate::plan::{PlannedPeer, Surroundings, opted_out, outgoing};
 use crate::status::{Explanation, Outcome, Step, VERSION};
@@ -32,8 +33,8 @@ pub(crate) struct Knowledge<'a> {
     pub(crate) peers: &'a BTreeMap<NodeName, PlannedPeer>,
     /// The gate as it is in the kernel.
     pub(crate) gate: &'a Observed,
-    /// The encryption device as it is, if there is one.
-    pub(crate) tunnel: Option<&'a Device>,
+    /// The encryption devices as they are.
+    pub(crate) tunnels: &'a BTreeMap<Lane, Device>,
     /// Where the kernel sends such a packet.
     pub(crate) hop: &'a Hop,
     pub(crate) now: SystemTime,
@@ -181,8 +182,8 @@ fn leaving(
     let Some(device) = outgoing(hop) else {
         return (Outcome::Dropped, format!("the kernel does not send it: {}", hop.kind));
     };
-    if device == config.encryption.device {
-        return through_the_tunnel(knowledge, destination, story);
+    if let Some(lane) = Lane::of_device(device, &config.encryption) {
+        return through_the_tunnel(knowledge, lane, destination, story);
     }
     let end = wrapped(knowledge, device, destination);
     // From here on what counts is where the packet goes outside.
@@ -243,16 +244,20 @@ fn leaving(
     };
     match verdict(knowledge, &facts) {
         Err(reason) => (Outcome::Dropped, reason),
-        Ok((Action::Redirect(_), reason, _)) => {
+        Ok((Action::Redirect(index), reason, _)) => {
+            let mut lanes = knowledge.surroundings.lanes.iter();
+            let Some((lane, _)) = lanes.find(|(_, device)| device.index == index) else {
+                return (
+                    Outcome::Dropped,
+                    format!("the gate turns it into device {index}, which is gone"),
+                );
+            };
+            let into = lane.device(&config.encryption);
             story.tell(
                 "gate",
-                format!(
-                    "{device} egress: {}; turned into {}",
-                    reason.as_str(),
-                    config.encryption.device
-                ),
+                format!("{device} egress: {}; turned into {into}", reason.as_str()),
             );
-            through_the_tunnel(knowledge, outer_destination, story)
+            through_the_tunnel(knowledge, *lane, outer_destination, story)
         }
         Ok((Action::Drop, reason, _)) => {
             story.tell("gate", format!("{device} egress: {}; dropped", reason.as_str()));
@@ -305,8 +310,9 @@ fn arriving(
     if let Place::PeerPod(node) | Place::Peer(node) = from
         && in_the_clear.0 == Action::Drop
     {
-        return match owner(knowledge, source) {
-            Some((key, _)) => {
+        let owners = knowledge.tunnels.values().filter_map(|device| owner(device, source));
+        return match owners.map(|(key, _)| key).next() {
+            Some(key) => {
                 story.tell(
                     "tunnel",
                     format!(
@@ -341,16 +347,19 @@ fn arriving(
     }
 }
 
-fn through_the_tunnel(knowledge: &Knowledge<'_>, destination: IpAddr, story: &mut Story) -> (Outcome, String) {
-    let Some((key, peer)) = owner(knowledge, destination) else {
+fn through_the_tunnel(
+    knowledge: &Knowledge<'_>,
+    lane: Lane,
+    destination: IpAddr,
+    story: &mut Story,
+) -> (Outcome, String) {
+    let device = knowledge.tunnels.get(&lane);
+    let Some((key, peer)) = device.and_then(|device| owner(device, destination)) else {
         story.tell("tunnel", format!("no peer's allowed IPs contain {destination}"));
         return (Outcome::Dropped, "no tunnel leads to it".to_owned());
     };
-    let node = knowledge
-        .snapshot
-        .peers
-        .iter()
-        .find(|(_, known)| known.public_key == key);
+    let has_it = |planned: &PlannedPeer| planned.pairs.iter().any(|pair| pair.peer == key);
+    let node = knowledge.peers.iter().find(|(_, planned)| has_it(planned));
     let node = node.map_or_else(|| "an unknown node".to_owned(), |(name, _)| name.to_string());
     let endpoint = peer
         .endpoint
@@ -373,9 +382,11 @@ fn through_the_tunnel(knowledge: &Knowledge<'_>, destination: IpAddr, story: &mu
 }
 
 /// The peer to whom an address belongs, by the longest allowed IP that contains it.
-fn owner<'a>(knowledge: &Knowledge<'a>, address: IpAddr) -> Option<(PublicKey, &'a shroud_tunnel::ObservedPeer)> {
-    let peers = knowledge.tunnel?.peers.iter();
-    let claims = peers.flat_map(|(key, peer)| peer.allowed_ips.iter().map(move |prefix| (prefix, key, peer)));
+fn owner(device: &Device, address: IpAddr) -> Option<(PublicKey, &ObservedPeer)> {
+    let claims = device
+        .peers
+        .iter()
+        .flat_map(|(key, peer)| peer.allowed_ips.iter().map(move |prefix| (prefix, key, peer)));
     let longest = claims
         .filter(|(prefix, ..)| prefix.contains(address))
         .max_by_key(|(prefix, ..)| prefix.length());

@@ -38,7 +38,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::{Cli, ClusterView, Command, ConfigCommand, Exit, LogFormat, Output, Plugin, PluginCommand, View};
 use crate::config::Config;
 use crate::serve::{NoAnswer, Request};
-use crate::status::{Explanation, GateCounters, Status, Verdict};
+use crate::status::{Explanation, GateCounters, RotationStatus, Status, Verdict};
 
 fn main() -> ExitCode {
     let exit = if cli::is_plugin(std::env::args_os().next().as_deref()) {
@@ -66,6 +66,7 @@ fn run(command: Command) -> Exit {
             destination,
             view,
         } => explain(&view, Request::Explain { source, destination }),
+        Command::Rotate(view) => rotate(&view),
         Command::Cleanup { config, output } => clean_up(&config, output),
         Command::Config(ConfigCommand::Check { file }) => check(&file),
         Command::Config(ConfigCommand::Show { file, output }) => show(&file, output),
@@ -143,6 +144,13 @@ fn gate(view: &View) -> Exit {
 fn explain(view: &View, request: Request) -> Exit {
     ask(view, &request, |explanation: &Explanation| {
         print(&render::render(explanation, view.output, render::explanation));
+        Exit::Healthy
+    })
+}
+
+fn rotate(view: &View) -> Exit {
+    ask(view, &Request::Rotate, |rotation: &RotationStatus| {
+        print(&render::render(rotation, view.output, render::rotation));
         Exit::Healthy
     })
 }

@@ -50,6 +50,9 @@ families! {
     PROBLEMS: Gauge "shroud_problems" ["check"] "Problems that `shroud status` reports, by check.";
     KEY_AGE: Gauge "shroud_key_age_seconds" in "seconds" [] "Age of this node's private key.";
 
+    ROTATION: Gauge "shroud_key_rotation_peers" ["state"]
+        "Peers by how they follow a change of this node's key; absent while there is none.";
+
     PEERS: Gauge "shroud_peers" ["state"] "Other nodes that are known, by how it stands with them.";
     PEER_RECEIVE: Counter "shroud_peer_receive_bytes" in "bytes" ["peer"] "Bytes that WireGuard received from a peer, with its own.";
     PEER_TRANSMIT: Counter "shroud_peer_transmit_bytes" in "bytes" ["peer"] "Bytes that WireGuard sent to a peer, with its own.";
@@ -124,6 +127,18 @@ pub(crate) fn render(sample: &Sample<'_>) -> String {
         problems.add(&[check.id()], count);
     }
     text.family(&KEY_AGE).add(&[], seconds(sample.now, sample.key_since));
+
+    let mut followers = text.family(&ROTATION);
+    if let Some(rotation) = status.and_then(|status| status.rotation.as_ref()) {
+        let states = [
+            ("followed", rotation.followed),
+            ("away", rotation.away),
+            ("waiting", rotation.waiting.len()),
+        ];
+        for (state, number) in states {
+            followers.add(&[state], number as u64);
+        }
+    }
 
     write_peers(&mut text, peers, sample);
     write_gate(&mut text, seen);

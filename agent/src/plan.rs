@@ -2,35 +2,43 @@
 //!
 //! ```text
 //!   Config ─┐
-//!   Snapshot├─> plan() ─> Plan { tunnel, overlay, routing, gate }     no I/O, no clock, no memory
+//!   Snapshot├─> plan() ─> Plan { tunnels, overlay, routing, gate }     no I/O, no clock, no memory
 //!   Facts  ─┘
 //! ```
 //!
 //! Every peer that cannot be encrypted to is fenced: the gate knows its prefixes and drops what goes there. There is no plan in which
 //! a protected prefix is simply left out.
 
+pub(crate) mod lane;
 pub(crate) mod nodes;
 pub(crate) mod overlay;
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
+use shroud_ebpf::Table;
 use shroud_keyd::announcement::{EncryptScope, Mode};
-use shroud_keyd::{NodeKey, OptOuts, Peer, Snapshot, Zone};
+use shroud_keyd::{NodeKey, NodeKeys, OptOuts, Peer, Snapshot, Zone};
 use shroud_model::{Family, Mtu, NodeName, OverlayFormat, OverlayKind, Prefix, PublicKey};
-use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sysctl, Table};
+use shroud_routing::{Encapsulation, Facts, Hop, HopKind, Link, Route, Scope, Sysctl};
 use shroud_tunnel::Backend;
 
+use self::lane::{Lane, Pair};
 use self::overlay::{End, mesh_address};
 use crate::check::{Check, Problem};
 use crate::config::{Config, Detect, GateMode};
+
+/// How often a new tunnel is knocked at where idle ones are to be silent.
+const KNOCKING: Duration = Duration::from_secs(25);
 
 /// Everything a plan depends on.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a> {
     pub(crate) config: &'a Config,
-    pub(crate) key: &'a NodeKey,
+    pub(crate) keys: &'a NodeKeys,
     pub(crate) backend: Backend,
     pub(crate) snapshot: &'a Snapshot,
     pub(crate) surroundings: &'a Surroundings,
@@ -45,18 +53,37 @@ pub(crate) struct Surroundings {
     pub(crate) hops: BTreeMap<IpAddr, Hop>,
     /// The devices behind which this node's pods are.
     pub(crate) pod_devices: BTreeSet<String>,
-    /// The encryption device's number, once it really is one that encrypts with this node's key. A device that only has the name would be
-    /// a way out in the clear.
-    pub(crate) encryption_device: Option<u32>,
+    /// The encryption devices there are.
+    pub(crate) lanes: BTreeMap<Lane, LaneDevice>,
+    /// The keys of peers that have more than one tunnel, and the lanes in which they have shaken hands not long ago.
+    pub(crate) met: BTreeSet<(Lane, PublicKey)>,
     /// The overlay devices of ours that exist.
     pub(crate) overlay_devices: BTreeSet<String>,
     /// The largest packets that get to peers as far as probing knows, by mesh address.
     pub(crate) paths: BTreeMap<IpAddr, Mtu>,
 }
 
+/// An encryption device: WireGuard, and it works. One that only has the name would be a way out in the clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LaneDevice {
+    /// Its number.
+    pub(crate) index: u32,
+    /// Whether it encrypts with the key of this node that belongs to its lane.
+    pub(crate) has_our_key: bool,
+}
+
+impl Surroundings {
+    /// The number of the encryption device of a lane, once it encrypts with this node's key.
+    pub(crate) fn encryption_device(&self, lane: Lane) -> Option<u32> {
+        let device = self.lanes.get(&lane).filter(|device| device.has_our_key)?;
+        Some(device.index)
+    }
+}
+
 /// What the kernel should look like, in each driver's own words.
 pub(crate) struct Plan {
-    pub(crate) tunnel: shroud_tunnel::Desired,
+    /// The encryption devices by lane. One that is not in here is to go.
+    pub(crate) tunnels: BTreeMap<Lane, shroud_tunnel::Desired>,
     pub(crate) overlay: shroud_overlay::Desired,
     pub(crate) routing: shroud_routing::Desired,
     pub(crate) gate: shroud_ebpf::Desired,
@@ -75,9 +102,12 @@ pub(crate) struct Plan {
 /// How one peer is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PlannedPeer {
-    pub(crate) public_key: PublicKey,
-    /// The endpoint we would contact, or `None` when none of its endpoints can be reached from here.
-    pub(crate) endpoint: Option<SocketAddr>,
+    /// All tunnels to it, those with the newest keys first; at least one.
+    pub(crate) pairs: Vec<Pair>,
+    /// Which of them is sent through.
+    pub(crate) chosen: usize,
+    /// The endpoint it has announced that we would contact, or `None` when none can be reached from here. Each lane has a port of its own.
+    pub(crate) announced: Option<SocketAddr>,
     /// The largest packet that goes through the tunnel to it.
     pub(crate) tunnel_mtu: Mtu,
     /// The largest pod packet that gets to it, if the uplink's word is right: less than the above where an overlay wraps it.
@@ -132,7 +162,7 @@ pub(crate) fn uplinks(config: &Config, facts: &Facts, hops: &BTreeMap<IpAddr, Ho
                 .cloned()
                 .chain(reaching_a_peer)
                 .collect();
-            devices.remove(&config.encryption.device);
+            devices.retain(|device| Lane::of_device(device, &config.encryption).is_none());
             devices
         }
     }
@@ -166,20 +196,20 @@ pub(crate) fn mesh_addresses(snapshot: &Snapshot) -> BTreeMap<Family, IpAddr> {
 pub(crate) fn plan(view: &View<'_>) -> Plan {
     let View {
         config,
-        key,
-        backend,
+        keys,
         snapshot,
         surroundings,
+        ..
     } = *view;
     let Surroundings {
         facts,
         hops,
         pod_devices,
-        encryption_device,
+        lanes,
+        met,
         overlay_devices,
         paths,
     } = surroundings;
-    let device = &config.encryption.device;
     let uplinks = uplinks(config, facts, hops);
     let addresses = node_addresses(config, facts, &uplinks);
     let mut problems = surrounding_problems(config, facts, &uplinks, &addresses);
@@ -198,7 +228,12 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
 
     let mut peers = BTreeMap::new();
     for (name, peer) in &snapshot.peers {
-        let mut planned = plan_peer(config, snapshot, peer, &addresses, facts, hops, &uplinks);
+        let pairs = lane::pairs(keys, peer);
+        let has_met = |pair: &Pair| met.contains(&(pair.lane, pair.peer));
+        let works = |pair: &Pair| has_met(pair) && surroundings.encryption_device(pair.lane).is_some();
+        let chosen = lane::chosen(&pairs, works);
+        let way = way(peer, &addresses, facts, hops, &uplinks);
+        let mut planned = plan_peer(config, snapshot, peer, way, (pairs, chosen));
         match overlay::end(config, mode, peer, &addresses, hops, overlay_devices) {
             Ok(end) => planned.take(end),
             Err(problem) => planned.problems.push(Check::PeerOverlayDiffers.says(problem)),
@@ -234,26 +269,16 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         allowed
     };
 
+    let tunnels = tunnels(view, &peers, allowed_ips);
     Plan {
-        tunnel: shroud_tunnel::Desired {
-            device: device.clone(),
-            backend,
-            private_key: Arc::clone(&key.private),
-            public_key: key.public,
-            listen_port: config.encryption.listen_port,
-            mark: config.gate.tunnel_mark,
-            peers: peers
-                .values()
-                .map(|peer| (peer.public_key, tunnel_peer(peer, allowed_ips(peer), config)))
-                .collect(),
-        },
-        routing: routing(view, &peers, &addresses, &uplinks, &overlay, smallest_tunnel),
+        routing: routing(view, &tunnels, &peers, &addresses, &uplinks, &overlay, smallest_tunnel),
         gate: shroud_ebpf::Desired {
             uplinks,
             pod_devices: pod_devices.clone(),
-            encryption: encryption_device.map(|_| device.clone()),
-            table: gate_table(config, snapshot, &addresses, &kinds, *encryption_device),
+            encryption: lanes.keys().map(|lane| lane.device(&config.encryption)).collect(),
+            table: gate_table(view, &tunnels, &peers, &addresses, &kinds),
         },
+        tunnels,
         overlay,
         received: overlay::received(&config.routing, &kinds, &addresses, overlay_devices),
         mode,
@@ -263,9 +288,43 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
     }
 }
 
+/// The encryption devices: one for each pair of keys with which somebody can be reached, and at least the one in which nobody has a key to
+/// come.
+fn tunnels(
+    view: &View<'_>,
+    peers: &BTreeMap<NodeName, PlannedPeer>,
+    allowed_ips: impl Fn(&PlannedPeer) -> BTreeSet<Prefix>,
+) -> BTreeMap<Lane, shroud_tunnel::Desired> {
+    let View { config, keys, .. } = *view;
+    let device = |lane: Lane, key: &NodeKey| shroud_tunnel::Desired {
+        device: lane.device(&config.encryption),
+        backend: view.backend,
+        private_key: Arc::clone(&key.private),
+        public_key: key.public,
+        listen_port: lane.listen_port(&config.encryption),
+        mark: config.gate.tunnel_mark,
+        peers: BTreeMap::new(),
+    };
+    let home = Lane::between(keys.current.epoch, keys.current.epoch);
+    let mut tunnels = BTreeMap::from([(home, device(home, &keys.current))]);
+    for planned in peers.values() {
+        let allowed_ips = allowed_ips(planned);
+        for (place, pair) in planned.pairs.iter().enumerate() {
+            let key = keys.iter().find(|key| key.public == pair.own);
+            let key = key.expect("a pair is made of a key that there is");
+            let tunnel = tunnels.entry(pair.lane).or_insert_with(|| device(pair.lane, key));
+            tunnel
+                .peers
+                .insert(pair.peer, tunnel_peer(planned, place, allowed_ips.clone(), config));
+        }
+    }
+    tunnels
+}
+
 /// Addresses of our devices, the routes, and the kernel settings they need.
 fn routing(
     view: &View<'_>,
+    tunnels: &BTreeMap<Lane, shroud_tunnel::Desired>,
     peers: &BTreeMap<NodeName, PlannedPeer>,
     addresses: &BTreeSet<IpAddr>,
     uplinks: &BTreeSet<String>,
@@ -310,7 +369,8 @@ fn routing(
             .unwrap_or(smallest_tunnel),
         addresses: inside.into_values().collect(),
     };
-    let mut links = BTreeMap::from([(config.encryption.device.clone(), encryption)]);
+    let devices = tunnels.values().map(|tunnel| tunnel.device.clone());
+    let mut links: BTreeMap<String, Link> = devices.map(|device| (device, encryption.clone())).collect();
     for (name, device) in &overlay.devices {
         if surroundings.overlay_devices.contains(name) {
             // On a device without any IPv4 address even the loose reverse-path check drops all that does not answer on that very device
@@ -395,15 +455,22 @@ fn shared_zone<'a>(config: &Config, snapshot: &'a Snapshot, peer: &Peer) -> Opti
     own.filter(|own| peer.zone.as_ref() == Some(*own))
 }
 
-fn plan_peer(
-    config: &Config,
-    snapshot: &Snapshot,
-    peer: &Arc<Peer>,
+/// How a peer's underlay address is reached.
+struct Way {
+    /// The first endpoint of those announced that can be reached.
+    endpoint: Option<SocketAddr>,
+    /// The largest packet that goes through the tunnel.
+    mtu: Mtu,
+    problems: Vec<Problem>,
+}
+
+fn way(
+    peer: &Peer,
     own_addresses: &BTreeSet<IpAddr>,
     facts: &Facts,
     hops: &BTreeMap<IpAddr, Hop>,
     uplinks: &BTreeSet<String>,
-) -> PlannedPeer {
+) -> Way {
     let mut problems = Vec::new();
     let reachable = own_addresses
         .iter()
@@ -436,23 +503,47 @@ fn plan_peer(
             smallest_tunnel_mtu(facts, uplinks)
         }
     };
-    let endpoint = way.map(|(endpoint, ..)| endpoint);
-    PlannedPeer {
-        public_key: peer.public_key,
-        endpoint,
-        tunnel_mtu: mtu,
-        expected_mtu: mtu,
+    Way {
+        endpoint: way.map(|(endpoint, ..)| endpoint),
         mtu,
+        problems,
+    }
+}
+
+fn plan_peer(
+    config: &Config,
+    snapshot: &Snapshot,
+    peer: &Arc<Peer>,
+    way: Way,
+    (pairs, chosen): (Vec<Pair>, usize),
+) -> PlannedPeer {
+    PlannedPeer {
+        pairs,
+        chosen,
+        announced: way.endpoint,
+        tunnel_mtu: way.mtu,
+        expected_mtu: way.mtu,
+        mtu: way.mtu,
         probe: mesh_address(&peer.pod_prefixes, Family::V4).or_else(|| mesh_address(&peer.pod_prefixes, Family::V6)),
         overlay: None,
         verified: Arc::clone(peer),
         encrypts_nodes: nodes::are_encrypted(config, snapshot, peer),
         in_zone: shared_zone(config, snapshot, peer).cloned(),
-        problems,
+        problems: way.problems,
     }
 }
 
 impl PlannedPeer {
+    /// The tunnel that is sent through.
+    pub(crate) fn pair(&self) -> &Pair {
+        &self.pairs[self.chosen]
+    }
+
+    /// Where that tunnel leads.
+    pub(crate) fn endpoint(&self) -> Option<SocketAddr> {
+        self.pair().lane.endpoint(self.announced?)
+    }
+
     /// Sends to the peer through an overlay, if there is one.
     fn take(&mut self, end: Option<End>) {
         if let Some(end) = &end {
@@ -503,13 +594,13 @@ fn route_to(
 ) -> Route {
     let route = Route {
         destination: prefix,
-        device: config.encryption.device.clone(),
+        device: peer.pair().lane.device(&config.encryption),
         via: None,
         source: None,
         mtu: Some(peer.mtu),
         onlink: false,
         encapsulation: None,
-        table: Table::Main,
+        table: shroud_routing::Table::Main,
     };
     if let Some(end) = &peer.overlay {
         return Route {
@@ -548,13 +639,26 @@ fn route_to(
     }
 }
 
-fn tunnel_peer(peer: &PlannedPeer, allowed_ips: BTreeSet<Prefix>, config: &Config) -> shroud_tunnel::Peer {
-    let keepalive = *config.encryption.keepalive;
+/// A peer in one of its tunnels. Until a newer tunnel has shaken hands somebody must knock; an older one falls silent, which tells the other
+/// end that nothing comes through it any more.
+fn tunnel_peer(
+    peer: &PlannedPeer,
+    place: usize,
+    allowed_ips: BTreeSet<Prefix>,
+    config: &Config,
+) -> shroud_tunnel::Peer {
+    let keepalive = Some(*config.encryption.keepalive).filter(|keepalive| !keepalive.is_zero());
     shroud_tunnel::Peer {
-        endpoint: peer.endpoint,
+        endpoint: peer
+            .announced
+            .and_then(|announced| peer.pairs[place].lane.endpoint(announced)),
         allowed_ips,
         preshared_key: None,
-        keepalive: (!keepalive.is_zero()).then_some(keepalive),
+        keepalive: match place.cmp(&peer.chosen) {
+            Ordering::Less => keepalive.or(Some(KNOCKING)),
+            Ordering::Equal => keepalive,
+            Ordering::Greater => None,
+        },
     }
 }
 
@@ -571,14 +675,21 @@ pub(crate) fn opted_out<'a>(config: &Config, snapshot: &'a Snapshot) -> Option<&
 
 /// The gate's table: what is protected, who owns it, and whether there is an encrypted path to the owner.
 fn gate_table(
-    config: &Config,
-    snapshot: &Snapshot,
+    view: &View<'_>,
+    tunnels: &BTreeMap<Lane, shroud_tunnel::Desired>,
+    peers: &BTreeMap<NodeName, PlannedPeer>,
     own_addresses: &BTreeSet<IpAddr>,
     kinds: &BTreeSet<OverlayKind>,
-    encryption_device: Option<u32>,
-) -> shroud_ebpf::Table {
-    use shroud_ebpf::{Owner, Path, Table};
+) -> Table {
+    use shroud_ebpf::{Owner, Path};
 
+    let View {
+        config,
+        snapshot,
+        surroundings,
+        ..
+    } = *view;
+    let device = |name: &NodeName| surroundings.encryption_device(peers.get(name)?.pair().lane);
     let mut owners = BTreeMap::new();
     for (name, refused) in &snapshot.refused {
         owners.extend(refused.pod_prefixes.iter().map(|prefix| {
@@ -594,7 +705,7 @@ fn gate_table(
     for (name, peer) in &snapshot.peers {
         let path = match shared_zone(config, snapshot, peer) {
             Some(_) => Path::Plain,
-            None => Path::Encrypted,
+            None => Path::Encrypted(device(name)),
         };
         let node = name.id();
         owners.extend(peer.pod_prefixes.iter().map(|prefix| (*prefix, Owner { node, path })));
@@ -614,8 +725,7 @@ fn gate_table(
             GateMode::Audit => shroud_ebpf::Mode::Audit,
             GateMode::Off => shroud_ebpf::Mode::Off,
         },
-        encryption_device,
-        listen_port: config.encryption.listen_port,
+        listen_ports: tunnels.values().map(|tunnel| tunnel.listen_port).collect(),
         tunnel_mark: config.gate.tunnel_mark,
         plain_mark: config.gate.plain_mark,
         protected: config.protected.clone(),
@@ -626,7 +736,7 @@ fn gate_table(
             .flat_map(OptOuts::keys)
             .copied()
             .collect(),
-        nodes: nodes::table(config, snapshot, own_addresses),
+        nodes: nodes::table(config, snapshot, own_addresses, device),
         open_ports: config.encrypt.open_ports.clone(),
         overlay: (!kinds.is_empty()).then(|| config.routing.vni.number()),
         // The usual ports too: somebody else's overlay hides our pods' packets just as well.
@@ -636,4 +746,4 @@ fn gate_table(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

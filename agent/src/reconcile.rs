@@ -8,6 +8,7 @@
 mod answers;
 mod look;
 mod memory;
+mod rotation;
 mod tally;
 
 use std::borrow::Cow;
@@ -17,18 +18,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, anyhow};
 use shroud_ebpf::{Gate, Hook, Table};
 use shroud_keyd::announcement::Mode;
 use shroud_keyd::directory::{Origin, Own};
-use shroud_keyd::{NodeKey, Snapshot, Telemetry};
-use shroud_model::{OverlayFormat, Prefix};
+use shroud_keyd::{NodeKeys, PublicKeys, Snapshot, Telemetry, key};
+use shroud_model::{OverlayFormat, Prefix, PublicKey};
 use shroud_overlay::Overlay;
 use shroud_routing::path_mtu::Prober;
 use shroud_routing::{Facts, Hop, InstalledRoute, Kernel};
-use shroud_tunnel::{Backend, Choice, Tunnel, Wanted};
+use shroud_tunnel::{Backend, Choice, FRESH, Observed, Tunnel, Wanted};
 use tokio::sync::{oneshot, watch};
 use tracing::{debug, info, warn};
 
@@ -37,12 +38,14 @@ use crate::cni;
 use crate::config::{Config, EncryptionBackend, GateAttach};
 use crate::convergence::Convergence;
 use crate::explain::attached_at;
-use crate::plan::{Plan, Surroundings, View, addresses_of_interest, opted_out, plan, uplinks};
+use crate::plan::lane::Lane;
+use crate::plan::{LaneDevice, Plan, Surroundings, View, addresses_of_interest, opted_out, plan, uplinks};
 use crate::rates::{Rates, direction};
 use crate::serve::Request;
 use crate::status::DirectoryStatus;
 
 use self::look::{Look, TURNS, Ways};
+use self::rotation::Rotation;
 
 pub(crate) use self::tally::Tally;
 
@@ -80,6 +83,8 @@ pub(crate) struct Mesh {
 /// How other nodes find this one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Presence {
+    /// By which keys it is known.
+    pub(crate) keys: PublicKeys,
     pub(crate) addresses: BTreeSet<IpAddr>,
     pub(crate) backend: Backend,
     pub(crate) mode: Mode,
@@ -119,7 +124,8 @@ pub(crate) fn wake(wakes: &SyncSender<Wake>, why: Wake) -> anyhow::Result<()> {
 /// Every handle on the kernel, and what the last pass found.
 pub(crate) struct Reconciler {
     config: Config,
-    key: NodeKey,
+    keys: NodeKeys,
+    rotation: Rotation,
     /// The backend, or why there is none; asked again on each pass until there is one.
     choice: Result<Choice, String>,
     gate: Gate,
@@ -149,6 +155,8 @@ pub(crate) struct Reconciler {
 struct Pass {
     number: u64,
     plan: Arc<Plan>,
+    /// The keys of this node for which it was made.
+    keys: PublicKeys,
     /// Whether all that is ours is as planned since then.
     as_planned: bool,
     surroundings: Surroundings,
@@ -158,10 +166,18 @@ struct Pass {
     took: Duration,
 }
 
+impl Pass {
+    /// Whether each encryption device that is to be there is, and encrypts.
+    fn encrypts(&self) -> bool {
+        let is_there = |lane: &Lane| self.surroundings.encryption_device(*lane).is_some();
+        self.plan.tunnels.keys().all(is_there)
+    }
+}
+
 /// What a pass looks at, and what it has seen of ours while looking at what is around us.
 struct Seen {
     look: Look,
-    tunnel: Option<shroud_tunnel::Observed>,
+    tunnels: BTreeMap<Lane, Observed>,
     routes: Option<Vec<InstalledRoute>>,
 }
 
@@ -200,6 +216,10 @@ impl Report {
         self.failures.push((driver, problem));
     }
 
+    fn changed(&self, driver: Driver) -> bool {
+        self.changes.iter().any(|(changed, _)| *changed == driver)
+    }
+
     fn failed(&self, driver: Driver) -> bool {
         self.failures.iter().any(|(failed, _)| *failed == driver)
     }
@@ -210,7 +230,7 @@ impl Reconciler {
     ///
     /// # Errors
     /// When the kernel refuses one of them.
-    pub(crate) fn open(config: Config, key: NodeKey, wiring: Wiring) -> anyhow::Result<Self> {
+    pub(crate) fn open(config: Config, keys: NodeKeys, wiring: Wiring) -> anyhow::Result<Self> {
         let gate = Gate::open(&gate_options(&config)).context("load the gate")?;
         let tunnel = Tunnel::new(tunnel_options(&config));
         let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
@@ -219,7 +239,8 @@ impl Reconciler {
         let prober = Prober::start()?;
         Ok(Self {
             config,
-            key,
+            keys,
+            rotation: Rotation::new(Instant::now()),
             choice: Err("not asked yet".to_owned()),
             gate,
             tunnel,
@@ -257,7 +278,7 @@ impl Reconciler {
                 next = turns.next().map_or(Look::Everything, Look::At);
                 next_look = ended + share;
             }
-            if !report.failures.is_empty() {
+            if !report.failures.is_empty() || report.changed(Driver::Keys) {
                 // What we take for granted may be wrong.
                 next = Look::Everything;
                 next_look = next_look.min(ended + SETTLE);
@@ -282,6 +303,11 @@ impl Reconciler {
                     Ok(Wake::Question { request, answer }) => {
                         // Whoever asked may have gone; then nobody misses the answer.
                         drop(answer.send(self.answer(&request)));
+                        if request == Request::Rotate {
+                            next = Look::Everything;
+                            next_look = next_look.min(Instant::now().max(ended + SETTLE));
+                            deadline = deadline.min(next_look);
+                        }
                     }
                     Err(RecvTimeoutError::Timeout) => break,
                     Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
@@ -300,8 +326,9 @@ impl Reconciler {
             .as_ref()
             .filter(|known| last.is_none_or(|last| !Arc::ptr_eq(&last.snapshot, known)));
         if let Some(snapshot) = news {
-            let keys = snapshot.peers.values().map(|peer| peer.public_key).collect();
-            self.convergence.announced(&keys, heard);
+            let peers = snapshot.peers.values();
+            let keys = peers.flat_map(|peer| [Some(peer.public_key), peer.next_key.map(|next| next.public_key)]);
+            self.convergence.announced(&keys.flatten().collect(), heard);
         }
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
         self.opt_outs_unknown = match &known {
@@ -341,7 +368,8 @@ impl Reconciler {
             }
         };
         // Only where the way is as planned: elsewhere a probe could leave in the clear, and would tell nothing of the tunnel.
-        let way_is_there = surroundings.encryption_device.is_some() && report.failures.is_empty();
+        let is_there = |lane: &Lane| surroundings.encryption_device(*lane).is_some();
+        let way_is_there = plan.tunnels.keys().all(is_there) && report.failures.is_empty();
         let as_planned = snapshot.origin == Origin::Source && self.choice.is_ok() && report.failures.is_empty();
         let last = self.last.as_ref();
         let is_news = last.is_none_or(|last| !(as_planned && last.as_planned && Arc::ptr_eq(&last.plan, &plan)));
@@ -350,9 +378,12 @@ impl Reconciler {
             let probed = probed.filter_map(|peer| Some((peer.probe?, peer.expected_mtu)));
             self.prober.set_targets(&probed.collect());
         }
+        let keys = self.keys.public();
+        self.rotate(&plan, &surroundings, &mut report);
         let presence = Presence {
+            keys: self.keys.public(),
             addresses: plan.addresses.clone(),
-            backend: plan.tunnel.backend,
+            backend: self.backend(),
             mode: plan.mode,
             overlays: plan.received.clone(),
             attaches_pods,
@@ -377,6 +408,7 @@ impl Reconciler {
         self.last = Some(Pass {
             number,
             plan,
+            keys,
             as_planned,
             surroundings,
             snapshot,
@@ -405,6 +437,59 @@ impl Reconciler {
         };
     }
 
+    /// Goes on with a change of this node's key: begins one that is due, and ends one that all peers have followed. Not while only a memory of
+    /// the mesh is known, which may lack a peer.
+    fn rotate(&mut self, plan: &Plan, surroundings: &Surroundings, report: &mut Report) {
+        if self.from_memory {
+            return;
+        }
+        let now = Instant::now();
+        let result = match &self.keys.next {
+            None if !rotation::is_due(&self.config, &self.keys.current, SystemTime::now()) => return,
+            None if !rotation::may_begin(&self.keys, plan, surroundings) => return,
+            None => self.begin_rotation(now),
+            Some(_) => {
+                let progress = self
+                    .rotation
+                    .progress(&self.config, &self.keys, plan, surroundings, now);
+                if !progress.is_done() {
+                    return;
+                }
+                self.end_rotation()
+            }
+        };
+        match result {
+            Ok(change) => report.note(Driver::Keys, &change, Ok(())),
+            Err(error) => report.fail(Driver::Keys, &error),
+        }
+    }
+
+    /// Makes the key to come, unless there is one.
+    fn begin_rotation(&mut self, now: Instant) -> anyhow::Result<String> {
+        self.keys = key::prepare(&self.config.state_dir).context("make this node's next key")?;
+        self.rotation.begin(now);
+        let next = self
+            .keys
+            .next
+            .as_ref()
+            .map_or_else(String::new, |next| next.public.fingerprint());
+        Ok(format!(
+            "key {}: in force -> with {next} to follow",
+            self.keys.current.public.fingerprint()
+        ))
+    }
+
+    /// Puts the key to come in force.
+    fn end_rotation(&mut self) -> anyhow::Result<String> {
+        let old = self.keys.current.public.fingerprint();
+        self.keys = key::promote(&self.config.state_dir).context("put this node's next key in force")?;
+        self.rotation.end();
+        Ok(format!(
+            "key {old}: in force -> replaced by {}",
+            self.keys.current.public.fingerprint()
+        ))
+    }
+
     /// Gate, tunnel, overlay, routing, in this order; overlay devices go only when no route leads to them any more. Where that changed a
     /// device, gate and routes are planned again: its number and its presence are part of both.
     fn converge(
@@ -416,9 +501,10 @@ impl Reconciler {
         let (surroundings, mut seen) = self.look(snapshot, look)?;
         let plan = self.plan_for(snapshot, &surroundings);
         self.ensure_gate(&plan.gate, seen.look, report);
-        let device_changed = self.choice.is_ok() && self.ensure_tunnel(&plan.tunnel, &mut seen, report);
+        let device_changed = self.choice.is_ok() && self.ensure_tunnels(&plan, &surroundings, &mut seen, report);
         if self.choice.is_ok() && !report.failed(Driver::Tunnel) {
-            self.convergence.configured(plan.tunnel.peers.keys(), Instant::now());
+            let keys = plan.peers.values().map(|peer| &peer.pair().peer);
+            self.convergence.configured(keys, Instant::now());
         }
         let overlay = self.ensure_overlay(&plan.overlay, &is_no_removal, report);
         if !device_changed && !overlay.tried {
@@ -439,7 +525,8 @@ impl Reconciler {
     /// The plan; the last one where nothing differs of all that it depends on.
     fn plan_for(&self, snapshot: &Arc<Snapshot>, surroundings: &Surroundings) -> Arc<Plan> {
         let is_the_same = |last: &&Pass| {
-            Arc::ptr_eq(&last.snapshot, snapshot) && last.as_planned && last.surroundings == *surroundings
+            let same_mesh = Arc::ptr_eq(&last.snapshot, snapshot) && last.keys == self.keys.public();
+            same_mesh && last.as_planned && last.surroundings == *surroundings
         };
         match self.last.as_ref().filter(is_the_same) {
             Some(last) => Arc::clone(&last.plan),
@@ -448,14 +535,17 @@ impl Reconciler {
     }
 
     fn plan(&self, snapshot: &Snapshot, surroundings: &Surroundings) -> Plan {
-        let backend = self.choice.as_ref().map_or(Backend::Userspace, |choice| choice.backend);
         plan(&View {
             config: &self.config,
-            key: &self.key,
-            backend,
+            keys: &self.keys,
+            backend: self.backend(),
             snapshot,
             surroundings,
         })
+    }
+
+    fn backend(&self) -> Backend {
+        self.choice.as_ref().map_or(Backend::Userspace, |choice| choice.backend)
     }
 
     /// Before the first complete list nobody is a peer. Where a gate of an earlier agent works on, it knows more than we do and is left
@@ -500,7 +590,7 @@ impl Reconciler {
         };
         let mut seen = Seen {
             look,
-            tunnel: None,
+            tunnels: BTreeMap::new(),
             routes: None,
         };
         let (facts, overlay_devices) = if look.is_at(Driver::Routing) {
@@ -515,21 +605,29 @@ impl Reconciler {
             (known.facts, known.overlay_devices)
         };
         let hops = self.look_at_ways(snapshot, known.hops, look)?;
-        let encryption_device = facts.links.get(&self.config.encryption.device).map(|link| link.index);
-        let same_device = known.encryption_device.is_some() && known.encryption_device == encryption_device;
-        let encrypts = if look.is_at(Driver::Tunnel) || !same_device {
-            seen.tunnel = self.tunnel.observe(&self.config.encryption.device).ok();
-            seen.tunnel
-                .as_ref()
-                .is_some_and(|observed| self.encrypts_with_our_key(observed))
+        let devices: BTreeMap<Lane, u32> = Lane::ALL
+            .into_iter()
+            .filter_map(|lane| Some((lane, facts.links.get(&lane.device(&self.config.encryption))?.index)))
+            .collect();
+        let known_devices = known.lanes.iter().filter(|(_, device)| device.has_our_key);
+        let same_devices = known_devices
+            .map(|(lane, device)| (*lane, device.index))
+            .eq(devices.clone());
+        let (lanes, met) = if look.is_at(Driver::Tunnel) || !same_devices {
+            for lane in devices.keys() {
+                let observed = self.tunnel.observe(&lane.device(&self.config.encryption));
+                seen.tunnels.extend(observed.ok().map(|observed| (*lane, observed)));
+            }
+            self.look_at_tunnels(&devices, &seen.tunnels, snapshot)
         } else {
-            true
+            (known.lanes, known.met)
         };
         let surroundings = Surroundings {
             pod_devices: pod_devices(&self.config, &facts, &hops),
             facts,
             hops,
-            encryption_device: encryption_device.filter(|_| encrypts),
+            lanes,
+            met,
             overlay_devices,
             paths: self.prober.sizes(),
         };
@@ -554,18 +652,49 @@ impl Reconciler {
         Ok(hops)
     }
 
-    /// Whether the encryption device is WireGuard, works, and has this node's key. Takes note of those that have shaken hands.
-    fn encrypts_with_our_key(&mut self, observed: &shroud_tunnel::Observed) -> bool {
-        let Some(device) = &observed.device else {
-            return false;
-        };
-        let now = Instant::now();
-        let shaken = device.peers.iter().filter_map(|(key, peer)| {
-            let age = observed.at.duration_since(peer.last_handshake?).unwrap_or_default();
-            Some((*key, now.checked_sub(age)?))
-        });
-        self.convergence.met(shaken);
-        device.public_key == Some(self.key.public)
+    /// Which of the devices are encryption devices that work, and in which of them peers with more than one tunnel have shaken hands not long
+    /// ago. Takes note of all who have, and of what came in.
+    fn look_at_tunnels(
+        &mut self,
+        devices: &BTreeMap<Lane, u32>,
+        tunnels: &BTreeMap<Lane, Observed>,
+        snapshot: &Snapshot,
+    ) -> (BTreeMap<Lane, LaneDevice>, BTreeSet<(Lane, PublicKey)>) {
+        let (mut lanes, mut met) = (BTreeMap::new(), BTreeSet::new());
+        let own_next = self.keys.next.is_some();
+        let next_keys = snapshot
+            .peers
+            .values()
+            .filter(|peer| own_next || peer.next_key.is_some());
+        let choosing: BTreeSet<PublicKey> = next_keys
+            .flat_map(|peer| [Some(peer.public_key), peer.next_key.map(|next| next.public_key)])
+            .flatten()
+            .collect();
+        let (now, mut shaken, mut heard) = (Instant::now(), Vec::new(), BTreeMap::new());
+        for (lane, observed) in tunnels {
+            let Some(device) = &observed.device else { continue };
+            let own = self.keys.iter().find(|key| device.public_key == Some(key.public));
+            lanes.insert(
+                *lane,
+                LaneDevice {
+                    index: devices[lane],
+                    has_our_key: own.is_some_and(|key| lane.is_of(key.epoch)),
+                },
+            );
+            for (key, peer) in &device.peers {
+                let age = peer.last_handshake.and_then(|at| observed.at.duration_since(at).ok());
+                shaken.extend(age.and_then(|age| Some((*key, now.checked_sub(age)?))));
+                if choosing.contains(key) {
+                    if age.is_some_and(|age| age < FRESH) {
+                        met.insert((*lane, *key));
+                    }
+                    heard.insert((*lane, *key), peer.rx_bytes);
+                }
+            }
+        }
+        self.convergence.met(shaken.into_iter());
+        self.rotation.heard(heard, now);
+        (lanes, met)
     }
 
     /// Unless it is the time to look, the gate is taken to be as the last pass left it: reading the table of thousands of peers takes longer than
@@ -623,17 +752,51 @@ impl Reconciler {
         last.map(|last| last.plan.as_ref())
     }
 
-    /// Answers whether a change of the device itself was tried, which the rest of the plan depends on. Peers are nobody else's business.
-    fn ensure_tunnel(&mut self, desired: &shroud_tunnel::Desired, seen: &mut Seen, report: &mut Report) -> bool {
-        let looks = seen.look.is_at(Driver::Tunnel) || seen.tunnel.is_some();
+    /// Makes the encryption devices what they should be, and ends those that belong to no key any more. Answers whether a change of a device
+    /// itself was tried, which the rest of the plan depends on. Peers are nobody else's business.
+    fn ensure_tunnels(
+        &mut self,
+        plan: &Plan,
+        surroundings: &Surroundings,
+        seen: &mut Seen,
+        report: &mut Report,
+    ) -> bool {
+        let mut device_changed = false;
+        for (lane, desired) in &plan.tunnels {
+            device_changed |= self.ensure_tunnel(*lane, desired, seen, report);
+        }
+        let surplus = surroundings
+            .lanes
+            .keys()
+            .filter(|lane| !plan.tunnels.contains_key(lane));
+        for lane in surplus.filter(|_| !self.from_memory) {
+            device_changed = true;
+            let device = lane.device(&self.config.encryption);
+            let mut removal = self.tunnel.remove(&device);
+            let result = match removal.errors.pop() {
+                Some(error) => Err(error.into()),
+                None => self.kernel.delete_link(&device).map(drop).map_err(anyhow::Error::from),
+            };
+            let change = format!("device {device}: of a key that is gone -> none");
+            report.note(Driver::Tunnel, &change, result);
+        }
+        device_changed
+    }
+
+    fn ensure_tunnel(
+        &mut self,
+        lane: Lane,
+        desired: &shroud_tunnel::Desired,
+        seen: &mut Seen,
+        report: &mut Report,
+    ) -> bool {
+        let found = seen.tunnels.remove(&lane);
+        let looks = seen.look.is_at(Driver::Tunnel) || found.is_some();
         let before = self.as_planned().filter(|_| !looks);
-        let changes = match before.and_then(|before| shroud_tunnel::diff_plans(desired, &before.tunnel)) {
+        let before = before.and_then(|before| before.tunnels.get(&lane));
+        let changes = match before.and_then(|before| shroud_tunnel::diff_plans(desired, before)) {
             Some(changes) => changes,
-            None => match seen
-                .tunnel
-                .take()
-                .map_or_else(|| self.tunnel.observe(&desired.device), Ok)
-            {
+            None => match found.map_or_else(|| self.tunnel.observe(&desired.device), Ok) {
                 Ok(observed) => shroud_tunnel::diff(desired, &observed),
                 Err(error) => {
                     report.fail(Driver::Tunnel, &error.into());
@@ -756,22 +919,26 @@ impl Reconciler {
             let result = self
                 .kernel
                 .apply(&change)
-                .map_err(|error| self.in_words_of_the_tunnel(error));
+                .map_err(|error| self.in_words_of_the_tunnel(&change, error));
             report.note(Driver::Routing, &change, result);
         }
     }
 
     /// A device of the kernel's WireGuard takes its port when it goes up, which is routing's to do, and routing does not know the port.
-    fn in_words_of_the_tunnel(&self, error: shroud_routing::Error) -> anyhow::Error {
+    fn in_words_of_the_tunnel(&self, change: &shroud_routing::Change, error: shroud_routing::Error) -> anyhow::Error {
         let error = anyhow::Error::new(error);
-        if Driver::Routing.check(&error) != Check::TunnelPortTaken {
-            return error;
+        let encryption = &self.config.encryption;
+        if let shroud_routing::Change::LinkUp { device } = change
+            && let Some(lane) = Lane::of_device(device, encryption)
+            && Driver::Routing.check(&error) == Check::TunnelPortTaken
+        {
+            let taken = shroud_tunnel::Error::PortTaken {
+                device: device.clone(),
+                port: lane.listen_port(encryption),
+            };
+            return taken.into();
         }
-        let taken = shroud_tunnel::Error::PortTaken {
-            device: self.config.encryption.device.clone(),
-            port: self.config.encryption.listen_port,
-        };
-        taken.into()
+        error
     }
 }
 
@@ -780,7 +947,7 @@ fn pod_devices(config: &Config, facts: &Facts, hops: &BTreeMap<IpAddr, Hop>) -> 
     let uplinks = uplinks(config, facts, hops);
     let routed = facts.pod_route_devices.iter();
     routed
-        .filter(|device| !uplinks.contains(*device) && **device != config.encryption.device)
+        .filter(|device| !uplinks.contains(*device) && Lane::of_device(device, &config.encryption).is_none())
         .cloned()
         .collect()
 }

@@ -7,10 +7,11 @@ use std::collections::BTreeSet;
 use anstyle::{AnsiColor, Style};
 use comfy_table::{Table, TableStyle};
 use serde::Serialize;
+use shroud_model::NodeName;
 
 use crate::cleanup::Cleaned;
 use crate::cli::Output;
-use crate::status::{Explanation, GateCounters, OptOutStatus, Outcome, PeerStatus, Status, Verdict};
+use crate::status::{Explanation, GateCounters, OptOutStatus, Outcome, PeerStatus, RotationStatus, Status, Verdict};
 
 pub(crate) use self::cluster::cluster;
 
@@ -46,8 +47,17 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
         gate.mode,
         list_or(&gate.uplinks, "nothing")
     ));
+    if let Some(change) = &status.rotation {
+        lines.push(format!("{FAINT}{}{FAINT:#}", rotation_line(change)));
+    }
     if wide {
         lines.push(format!("{FAINT}backend: {}{FAINT:#}", status.encryption.because));
+        for device in &status.encryption.devices {
+            lines.push(format!(
+                "{FAINT}{} on port {}: key {}, leads to {} peers, used for {}{FAINT:#}",
+                device.name, device.listen_port, device.fingerprint, device.peers, device.used_for
+            ));
+        }
         lines.push(format!(
             "{FAINT}pass {}: {} changes in {:.0} ms  directory: {} ({}){FAINT:#}",
             status.pass.number,
@@ -94,6 +104,30 @@ pub(crate) fn status(status: &Status, wide: bool) -> String {
         }
     }
     text(&lines)
+}
+
+/// How a change of key goes.
+pub(crate) fn rotation(rotation: &RotationStatus, _wide: bool) -> String {
+    text(&[rotation_line(rotation)])
+}
+
+fn rotation_line(rotation: &RotationStatus) -> String {
+    const SHOWN: usize = 5;
+    let mut waiting: Vec<&str> = rotation.waiting.iter().take(SHOWN).map(NodeName::as_str).collect();
+    if rotation.waiting.len() > SHOWN {
+        waiting.push("...");
+    }
+    let waiting = match waiting.as_slice() {
+        [] => "nobody".to_owned(),
+        waiting => waiting.join(", "),
+    };
+    format!(
+        "new key {}: {} peers use it, {} do not answer, waiting for {waiting}, {} so far",
+        rotation.fingerprint,
+        rotation.followed,
+        rotation.away,
+        age(rotation.seconds)
+    )
 }
 
 /// The pods that have opted out; the first few of them, where there is little room.

@@ -1,7 +1,7 @@
 //! The status socket: one request per connection, a line of JSON each way.
 //!
 //! The socket is 0600 in a 0700 directory, and whoever connects must be root or the agent's own user: what it tells (addresses of pods,
-//! who talks to whom) is the operator's business alone. Reading is all it offers.
+//! who talks to whom) is the operator's business alone, and so is a change of key, the only deed that can be asked for.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -37,6 +37,8 @@ pub(crate) enum Request {
     Metrics,
     /// Whether this node may be relied upon.
     Readiness,
+    /// A new key for this node.
+    Rotate,
     /// What happens to a packet.
     Explain {
         /// Where it comes from.

@@ -38,6 +38,8 @@ pub(crate) struct Status {
     pub(crate) pod_prefixes: Vec<Prefix>,
     pub(crate) routing: RoutingStatus,
     pub(crate) encryption: EncryptionStatus,
+    /// How a change of this node's key goes; `null` while there is none.
+    pub(crate) rotation: Option<RotationStatus>,
     pub(crate) gate: GateStatus,
     pub(crate) directory: DirectoryStatus,
     pub(crate) peers: Vec<PeerStatus>,
@@ -67,6 +69,39 @@ pub(crate) struct EncryptionStatus {
     pub(crate) because: String,
     pub(crate) device: String,
     pub(crate) listen_port: u16,
+    /// All encryption devices: one for each pair of keys with which a peer can be reached.
+    pub(crate) devices: Vec<DeviceStatus>,
+}
+
+/// One encryption device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct DeviceStatus {
+    pub(crate) name: String,
+    pub(crate) listen_port: u16,
+    /// Of the key that it has.
+    pub(crate) fingerprint: String,
+    /// How many peers can be reached through it.
+    pub(crate) peers: usize,
+    /// How many are sent to through it.
+    pub(crate) used_for: usize,
+}
+
+/// How a change of this node's key goes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RotationStatus {
+    /// The key to come.
+    pub(crate) public_key: PublicKey,
+    pub(crate) fingerprint: String,
+    /// How long it has taken so far, or since the agent was started.
+    pub(crate) seconds: f64,
+    /// How many peers use the new key, and the old one no more.
+    pub(crate) followed: usize,
+    /// How many do not answer at all; nobody waits for them.
+    pub(crate) away: usize,
+    /// Those that are waited for.
+    pub(crate) waiting: Vec<NodeName>,
 }
 
 /// The gate at a glance; `shroud gate` has the rest.
@@ -103,9 +138,12 @@ impl DirectoryStatus {
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PeerStatus {
     pub(crate) node: NodeName,
+    /// Its key in the tunnel that is sent through.
     pub(crate) public_key: PublicKey,
     pub(crate) fingerprint: String,
     pub(crate) backend: String,
+    /// The encryption device that is sent through.
+    pub(crate) device: String,
     /// The endpoint in use; `null` when none can be reached.
     pub(crate) endpoint: Option<SocketAddr>,
     /// Seconds since the last handshake; `null` when there was none.
@@ -264,7 +302,9 @@ pub(crate) mod tests {
                 because: "asked for".to_owned(),
                 device: "shroud0".to_owned(),
                 listen_port: 51820,
+                devices: Vec::new(),
             },
+            rotation: None,
             gate: GateStatus {
                 mode: "enforce".to_owned(),
                 uplinks: vec!["eth0".to_owned()],
@@ -294,6 +334,7 @@ pub(crate) mod tests {
             public_key: key,
             fingerprint: key.fingerprint(),
             backend: "userspace".to_owned(),
+            device: "shroud0".to_owned(),
             endpoint: None,
             handshake_age_seconds: Some(1.0),
             rx_bytes: 0,

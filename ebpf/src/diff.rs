@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::sorted::side_by_side;
-use crate::{Hook, Mechanism, Table};
+use crate::{Hook, Mechanism, Owner, Table};
+
+/// How many prefixes the text of a change names; a mesh has thousands.
+const NAMED: usize = 20;
 
 /// What should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,8 +16,8 @@ pub struct Desired {
     pub uplinks: BTreeSet<String>,
     /// Devices to pods, by name: the gate marks what comes in there.
     pub pod_devices: BTreeSet<String>,
-    /// The encryption device, by name: the gate checks what comes out of it. `None` while there is none.
-    pub encryption: Option<String>,
+    /// The encryption devices, by name: the gate checks what comes out of them.
+    pub encryption: BTreeSet<String>,
     /// What the gate decides by.
     pub table: Table,
 }
@@ -191,24 +194,13 @@ fn summary(table: &Table) -> String {
 
 /// Names what two equal-looking summaries would hide.
 fn differences(f: &mut fmt::Formatter<'_>, old: &Table, new: &Table) -> fmt::Result {
-    for (prefix, before, after) in side_by_side(&old.owners, &new.owners) {
-        match (before, after) {
-            (None, Some(owner)) => write!(f, "; {prefix}: none -> {:?}", owner.path)?,
-            (Some(before), Some(owner)) if before != owner => {
-                write!(f, "; {prefix}: {:?} -> {:?}", before.path, owner.path)?;
-            }
-            (Some(_), None) => write!(f, "; {prefix}: owned -> none")?,
-            (Some(_), Some(_)) | (None, None) => {}
-        }
+    let path = |owner: Option<&Owner>| owner.map_or("none".to_owned(), |owner| owner.path.to_string());
+    let mut differing = side_by_side(&old.owners, &new.owners).filter(|(_, before, after)| before != after);
+    for (prefix, before, after) in differing.by_ref().take(NAMED) {
+        write!(f, "; {prefix}: {} -> {}", path(before), path(after))?;
     }
-    if old.encryption_device != new.encryption_device {
-        let index = |device: Option<u32>| device.map_or("none".to_owned(), |index| index.to_string());
-        write!(
-            f,
-            "; encryption device: {} -> {}",
-            index(old.encryption_device),
-            index(new.encryption_device)
-        )?;
+    match differing.count() {
+        0 => Ok(()),
+        more => write!(f, "; and {more} prefixes more"),
     }
-    Ok(())
 }

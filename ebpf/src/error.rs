@@ -161,11 +161,11 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
-    /// More overlay ports than the maps hold.
-    #[error("put {given} {overlay} ports into the gate's table: give at most {most}, none of them 0")]
+    /// More ports than the maps hold.
+    #[error("put {given} {what} ports into the gate's table: give at most {most}, none of them 0")]
     Ports {
         /// VXLAN or Geneve.
-        overlay: &'static str,
+        what: &'static str,
         /// How many were given.
         given: usize,
         /// How many fit.

@@ -1,7 +1,7 @@
 //! Where on the BPF file system the gate lives, so that it outlives the process.
 //!
 //! ```text
-//!   <pin directory>/v2/maps/PREFIXES …                     layout version 2; survives upgrades of the program
+//!   <pin directory>/v3/maps/PREFIXES …                     layout version 3; survives upgrades of the program
 //!                     /programs/<build>/shroud_egress …    the build that is in force
 //!                              /reads-<maps>          which maps these programs read, by their numbers
 //!                     /links/<interface index>-egress …    what holds a program to a device (tcx only)

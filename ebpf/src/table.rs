@@ -5,12 +5,12 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 
 use shroud_gate::{
     Address, Direction, Entry, Flow, LAYOUT_VERSION, Lookup, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, NO_OVERLAY,
-    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, PORTS, Packet, Settings, Shape, Upper, Verdict,
-    flag,
+    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, Packet, Settings, Shape, Upper, Verdict, flag,
 };
 use shroud_model::{Mark, NodeId, Prefix};
 
@@ -33,12 +33,24 @@ pub enum Mode {
 pub enum Path {
     /// The prefix is this node's own.
     Local,
-    /// Through the encryption device.
-    Encrypted,
+    /// Through the encryption device with this interface index; dropped while there is none.
+    Encrypted(Option<u32>),
     /// In the clear both ways: cluster configuration does not want it encrypted.
     Plain,
     /// The owner is known, but has no usable key, was refused, or is shut out: drop.
     Fenced,
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local => f.write_str("local"),
+            Self::Encrypted(Some(device)) => write!(f, "encrypted by device {device}"),
+            Self::Encrypted(None) => f.write_str("encrypted, by no device yet"),
+            Self::Plain => f.write_str("plain"),
+            Self::Fenced => f.write_str("fenced"),
+        }
+    }
 }
 
 /// Whose a prefix is.
@@ -68,8 +80,8 @@ pub enum NodePath {
     LocalProtected,
     /// Another node's, known so that what comes out of the tunnel can be checked; traffic to it is not protected.
     Open,
-    /// Another node's, protected: through the encryption device.
-    Encrypted,
+    /// Another node's, protected: through the encryption device with this interface index; dropped while there is none.
+    Encrypted(Option<u32>),
     /// Another node's, protected, and shut: drop.
     Fenced,
 }
@@ -79,10 +91,8 @@ pub enum NodePath {
 pub struct Table {
     /// What to do with protected traffic.
     pub mode: Mode,
-    /// Interface index of the encryption device, `None` while there is none.
-    pub encryption_device: Option<u32>,
-    /// The tunnel's UDP port on this node.
-    pub listen_port: u16,
+    /// The tunnel's UDP ports on this node, at most four.
+    pub listen_ports: BTreeSet<u16>,
     /// The mark of the tunnel's own packets.
     pub tunnel_mark: Mark,
     /// The mark of packets that the cluster's configuration exempts.
@@ -137,15 +147,13 @@ impl Table {
         let settings = Settings {
             version: LAYOUT_VERSION,
             mode,
-            encryption_device: self.encryption_device.unwrap_or(0),
             tunnel_mark: self.tunnel_mark.value(),
             tunnel_mask: self.tunnel_mark.mask(),
             plain_mark: self.plain_mark.value(),
             plain_mask: self.plain_mark.mask(),
             overlay: encode_overlay(self.overlay)?,
             open_ports: port::encode(&self.open_ports)?,
-            listen_port: self.listen_port.to_be_bytes(),
-            reserved: [0; 2],
+            listen_ports: encode_ports("tunnel", &self.listen_ports)?,
             vxlan_ports: encode_ports("VXLAN", &self.vxlan_ports)?,
             geneve_ports: encode_ports("Geneve", &self.geneve_ports)?,
         };
@@ -206,18 +214,19 @@ impl Table {
             .into_iter()
             .filter(|(_, holds)| *holds)
             .fold(0, |flags, (bit, _)| flags | bit);
-        let path = match held.owner.map(|owner| owner.path) {
-            None => PATH_NONE,
-            Some(Path::Local) => PATH_LOCAL,
-            Some(Path::Encrypted) => PATH_ENCRYPTED,
-            Some(Path::Plain) => PATH_PLAIN,
-            Some(Path::Fenced) => PATH_FENCED,
+        let (path, device) = match held.owner.map(|owner| owner.path) {
+            None => (PATH_NONE, None),
+            Some(Path::Local) => (PATH_LOCAL, None),
+            Some(Path::Encrypted(device)) => (PATH_ENCRYPTED, device),
+            Some(Path::Plain) => (PATH_PLAIN, None),
+            Some(Path::Fenced) => (PATH_FENCED, None),
         };
         Entry {
             node: held.owner.map_or(0, |owner| owner.node.0),
             path,
             flags,
-            reserved: [0; 6],
+            reserved: [0; 2],
+            device: device.unwrap_or(0),
         }
     }
 }
@@ -236,18 +245,19 @@ impl Node {
 
     /// The entry of this node's address, over all that holds for the address anyway.
     fn over(self, entry: Entry) -> Entry {
-        let (path, flags) = match self.path {
-            NodePath::LocalOpen => (PATH_LOCAL, flag::NODE),
-            NodePath::LocalProtected => (PATH_LOCAL, Self::PROTECTED),
-            NodePath::Open => (PATH_NONE, flag::NODE),
-            NodePath::Encrypted => (PATH_ENCRYPTED, Self::PROTECTED),
-            NodePath::Fenced => (PATH_FENCED, Self::PROTECTED),
+        let (path, device, flags) = match self.path {
+            NodePath::LocalOpen => (PATH_LOCAL, None, flag::NODE),
+            NodePath::LocalProtected => (PATH_LOCAL, None, Self::PROTECTED),
+            NodePath::Open => (PATH_NONE, None, flag::NODE),
+            NodePath::Encrypted(device) => (PATH_ENCRYPTED, device, Self::PROTECTED),
+            NodePath::Fenced => (PATH_FENCED, None, Self::PROTECTED),
         };
         Entry {
             node: self.node.0,
             path,
             flags: entry.flags & !flag::DECLARED_OWNER | flags,
-            reserved: [0; 6],
+            reserved: [0; 2],
+            device: device.unwrap_or(0),
         }
     }
 
@@ -258,7 +268,7 @@ impl Node {
             (PATH_LOCAL, false) => NodePath::LocalOpen,
             (PATH_LOCAL, true) => NodePath::LocalProtected,
             (PATH_NONE, false) => NodePath::Open,
-            (PATH_ENCRYPTED, true) => NodePath::Encrypted,
+            (PATH_ENCRYPTED, true) => NodePath::Encrypted(device(entry)),
             (PATH_FENCED, true) => NodePath::Fenced,
             _ => return None,
         };
@@ -290,7 +300,7 @@ impl Encoded {
         let owner = |entry: &Entry| {
             let path = match entry.path {
                 PATH_LOCAL => Path::Local,
-                PATH_ENCRYPTED => Path::Encrypted,
+                PATH_ENCRYPTED => Path::Encrypted(device(entry)),
                 PATH_PLAIN => Path::Plain,
                 PATH_FENCED => Path::Fenced,
                 _ => return None,
@@ -308,8 +318,7 @@ impl Encoded {
             .collect();
         let table = Table {
             mode,
-            encryption_device: Some(self.settings.encryption_device).filter(|index| *index != 0),
-            listen_port: u16::from_be_bytes(self.settings.listen_port),
+            listen_ports: decode_ports(&self.settings.listen_ports),
             tunnel_mark: Mark::new(self.settings.tunnel_mark, self.settings.tunnel_mask).ok()?,
             plain_mark: Mark::new(self.settings.plain_mark, self.settings.plain_mask).ok()?,
             protected: declared(flag::DECLARED_PROTECTED).map(|(prefix, _)| *prefix).collect(),
@@ -327,6 +336,11 @@ impl Encoded {
     }
 }
 
+/// The encryption device of an entry, if there is one.
+fn device(entry: &Entry) -> Option<u32> {
+    Some(entry.device).filter(|index| *index != 0)
+}
+
 /// Whether a prefix is one address.
 fn is_host(prefix: Prefix) -> bool {
     prefix == Prefix::host(prefix.address())
@@ -341,22 +355,22 @@ fn encode_overlay(overlay: Option<u32>) -> Result<u32, Error> {
     }
 }
 
-fn encode_ports(overlay: &'static str, ports: &BTreeSet<u16>) -> Result<[[u8; 2]; PORTS], Error> {
-    if ports.len() > PORTS || ports.contains(&0) {
+fn encode_ports<const N: usize>(what: &'static str, ports: &BTreeSet<u16>) -> Result<[[u8; 2]; N], Error> {
+    if ports.len() > N || ports.contains(&0) {
         return Err(Error::Ports {
-            overlay,
+            what,
             given: ports.len(),
-            most: PORTS,
+            most: N,
         });
     }
-    let mut encoded = [[0; 2]; PORTS];
+    let mut encoded = [[0; 2]; N];
     for (to, port) in encoded.iter_mut().zip(ports) {
         *to = port.to_be_bytes();
     }
     Ok(encoded)
 }
 
-fn decode_ports(ports: &[[u8; 2]; PORTS]) -> BTreeSet<u16> {
+fn decode_ports(ports: &[[u8; 2]]) -> BTreeSet<u16> {
     ports
         .iter()
         .map(|port| u16::from_be_bytes(*port))
@@ -520,7 +534,8 @@ mod tests {
                 node: 2,
                 path: PATH_ENCRYPTED,
                 flags,
-                reserved: [0; 6]
+                reserved: [0; 2],
+                device: 7
             }
         );
     }
@@ -590,8 +605,7 @@ mod tests {
     fn table() -> Table {
         Table {
             mode: Mode::Enforce,
-            encryption_device: Some(7),
-            listen_port: 51820,
+            listen_ports: [51820, 51822].into(),
             tunnel_mark: Mark::new(0x10, 0x30).unwrap(),
             plain_mark: Mark::new(0x20, 0x30).unwrap(),
             protected: ["10.244.0.0/16", "fd00:10:244::/48"].map(prefix).into(),
@@ -607,7 +621,7 @@ mod tests {
                     prefix("10.244.2.0/24"),
                     Owner {
                         node: NodeId(2),
-                        path: Path::Encrypted,
+                        path: Path::Encrypted(Some(7)),
                     },
                 ),
                 (
@@ -629,7 +643,7 @@ mod tests {
             nodes: [
                 ("192.0.2.1", 1, NodePath::LocalProtected),
                 ("2001:db8::1", 1, NodePath::LocalOpen),
-                ("192.0.2.2", 2, NodePath::Encrypted),
+                ("192.0.2.2", 2, NodePath::Encrypted(Some(7))),
                 ("192.0.2.3", 3, NodePath::Fenced),
                 ("2001:db8::3", 3, NodePath::Open),
             ]

@@ -44,6 +44,14 @@ pub fn check(bytes: &[u8]) {
     assert_eq!(value["publicKey"], announcement.public_key.to_string());
     assert_eq!(value["port"], announcement.listen_port.get());
     assert_eq!(value["epoch"], announcement.epoch);
+    match announcement.next_key {
+        None => assert_eq!(value.get("next"), None),
+        Some(next) => {
+            assert_eq!(value["next"]["publicKey"], next.public_key.to_string());
+            assert_eq!(value["next"]["epoch"], next.epoch);
+            assert!(next.epoch > announcement.epoch && next.public_key != announcement.public_key);
+        }
+    }
     assert_eq!(
         value["endpoints"].as_array().map(Vec::len),
         Some(announcement.endpoints.len())

@@ -9,8 +9,8 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use arbitrary::{Result, Unstructured};
-use shroud_keyd::announcement::{Backend, EncryptScope, Mode};
-use shroud_keyd::{Announcement, Directory, Local, Memory, Reason, Record, Snapshot, Unreadable};
+use shroud_keyd::announcement::{AnnouncedKey, Backend, EncryptScope, Mode};
+use shroud_keyd::{Announcement, Directory, Local, Memory, PublicKeys, Reason, Record, Snapshot, Unreadable};
 use shroud_model::{NodeName, Prefix, PublicKey};
 
 use super::printable;
@@ -200,7 +200,7 @@ impl World {
 fn empty(given: bool) -> Directory {
     let local = Local {
         node: name("me"),
-        public_key: key(OWN_KEY),
+        keys: PublicKeys::only(key(OWN_KEY), 1),
         pod_prefixes: (!given).then(|| BTreeSet::from([prefix("10.244.0.0/24")])),
     };
     Directory::new(local, PROTECTED.map(prefix).into())
@@ -210,7 +210,12 @@ fn empty(given: bool) -> Directory {
 fn nobody_shares(snapshot: &Snapshot) {
     let mut keys = BTreeSet::from([key(OWN_KEY)]);
     for peer in snapshot.peers.values() {
-        assert!(keys.insert(peer.public_key), "a key has two nodes: {snapshot:?}");
+        for key in [Some(peer.public_key), peer.next_key.map(|next| next.public_key)]
+            .into_iter()
+            .flatten()
+        {
+            assert!(keys.insert(key), "a key has two nodes: {snapshot:?}");
+        }
     }
 
     let nodes = || {
@@ -265,8 +270,12 @@ fn peers_are_as_recorded(snapshot: &Snapshot, memory: &Memory) {
         let announcement = Announcement::parse(announcement).expect("a peer's announcement is one");
 
         assert_eq!(
-            (peer.public_key, peer.epoch),
-            (announcement.public_key, announcement.epoch)
+            (peer.public_key, peer.epoch, peer.next_key),
+            (
+                announcement.public_key,
+                announcement.epoch,
+                announcement.next_key.filter(|_| peer.next_key.is_some())
+            )
         );
         assert_eq!(
             memory.epochs.get(node),
@@ -278,6 +287,10 @@ fn peers_are_as_recorded(snapshot: &Snapshot, memory: &Memory) {
             Some(&peer.public_key),
             "a key without a holder: {snapshot:?}"
         );
+        if let Some(next) = peer.next_key {
+            let holds = memory.next_keys.get(node) == Some(&next.public_key);
+            assert!(holds, "a next key without a holder: {snapshot:?}");
+        }
         assert!(!peer.endpoints.is_empty());
         for endpoint in &peer.endpoints {
             let address = endpoint.ip();
@@ -299,8 +312,12 @@ fn peers_are_as_recorded(snapshot: &Snapshot, memory: &Memory) {
 
 fn denied_are_out(snapshot: &Snapshot, denied: &BTreeMap<String, String>) {
     for (node, peer) in &snapshot.peers {
-        let key = peer.public_key;
-        for text in [node.to_string(), key.to_string(), key.fingerprint()] {
+        let keys = [Some(peer.public_key), peer.next_key.map(|next| next.public_key)];
+        let texts = keys
+            .into_iter()
+            .flatten()
+            .flat_map(|key| [key.to_string(), key.fingerprint()]);
+        for text in texts.chain([node.to_string()]) {
             assert!(!denied.contains_key(&text), "{text} is denied: {snapshot:?}");
         }
     }
@@ -416,11 +433,18 @@ fn entry(history: &mut Unstructured<'_>) -> Result<Entry> {
 
 fn announcement(history: &mut Unstructured<'_>, addresses: Vec<IpAddr>) -> Result<Announcement> {
     let port = if history.ratio(1, 16)? { 0 } else { 51820 };
+    let (public_key, epoch) = (any_key(history)?, history.int_in_range(0..=3)?);
+    let next = history.ratio(1, 3)?.then(|| any_key(history)).transpose()?;
+    let next_key = next.filter(|next| *next != public_key).map(|public_key| AnnouncedKey {
+        public_key,
+        epoch: epoch + 1,
+    });
     Ok(Announcement {
-        public_key: any_key(history)?,
+        public_key,
         listen_port: NonZeroU16::MAX,
         endpoints: addresses.into_iter().map(|address| (address, port).into()).collect(),
-        epoch: history.int_in_range(0..=3)?,
+        epoch,
+        next_key,
         backend: Backend::Userspace,
         mode: Mode::Native,
         overlays: Vec::new(),

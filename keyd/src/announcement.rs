@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize, Serializer};
 use shroud_model::{InvalidKey, OverlayFormat, OverlayKind, PublicKey};
 
 use crate::document::Document;
+use crate::key::follows;
 use crate::refusal::{Excerpt, Refusal};
+
+const WANTED_EPOCH: &str = "a whole number";
 
 /// How the announcing node encrypts. Both speak the same WireGuard; the word is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -68,6 +71,16 @@ impl EncryptScope {
     }
 }
 
+/// A key, and its place among the keys of its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AnnouncedKey {
+    /// The key.
+    pub public_key: PublicKey,
+    /// Its epoch. Of two keys in a row, the later one's is higher and differs in its lowest bit.
+    pub epoch: u64,
+}
+
 /// One node's announcement, parsed: well-formed, but not yet believed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -79,8 +92,12 @@ pub struct Announcement {
     pub listen_port: NonZeroU16,
     /// Where others can reach it, best first.
     pub endpoints: Vec<SocketAddr>,
-    /// Rises with each new key, so that an old announcement cannot be played again.
+    /// Rises with each new key, so that an old announcement cannot be played again. Its lowest bit says on which of its devices a peer
+    /// finds the key.
     pub epoch: u64,
+    /// The key to come, which the node answers to as well.
+    #[serde(rename = "next", skip_serializing_if = "Option::is_none")]
+    pub next_key: Option<AnnouncedKey>,
     /// How the node encrypts.
     pub backend: Backend,
     /// How the node sends pod packets to whoever can receive them so.
@@ -119,11 +136,14 @@ impl Announcement {
 
         let listen_port = document.field("port", "a UDP port, 1 to 65535")?;
         let endpoints = document.list("endpoints", "a list of addresses with port", Self::MAX_ENDPOINTS)?;
+        let public_key = public_key(&document)?;
+        let epoch = document.field("epoch", WANTED_EPOCH)?;
         Ok(Self {
-            public_key: public_key(&document)?,
+            public_key,
             listen_port,
             endpoints: endpoints.into_iter().map(canonical).collect(),
-            epoch: document.field("epoch", "a whole number")?,
+            epoch,
+            next_key: next_key(&document, public_key, epoch)?,
             backend: document.field("backend", "\"kernel\" or \"userspace\"")?,
             mode: document.optional("mode", "\"native\", \"vxlan\" or \"geneve\"")?,
             overlays: match document.raw("overlays") {
@@ -159,6 +179,32 @@ fn texts<S: Serializer>(formats: &[OverlayFormat], serializer: S) -> Result<S::O
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_false(value: &bool) -> bool {
     !*value
+}
+
+/// The key to come, if one is announced.
+fn next_key(document: &Document, current: PublicKey, epoch: u64) -> Result<Option<AnnouncedKey>, Refusal> {
+    let Some(next) = document.inner("next")? else {
+        return Ok(None);
+    };
+    let next = AnnouncedKey {
+        public_key: public_key(&next)?,
+        epoch: next.field("epoch", WANTED_EPOCH)?,
+    };
+    if next.public_key == current {
+        return Err(Refusal::Malformed {
+            field: "next",
+            wanted: "another key than the one in force",
+            found: Excerpt::of(&current.to_string()),
+        });
+    }
+    if !follows(next.epoch, epoch) {
+        return Err(Refusal::Malformed {
+            field: "epoch",
+            wanted: "of a next key higher than the one before, and odd where that is even",
+            found: Excerpt::of(&next.epoch.to_string()),
+        });
+    }
+    Ok(Some(next))
 }
 
 fn public_key(document: &Document) -> Result<PublicKey, Refusal> {
@@ -210,6 +256,7 @@ mod tests {
             listen_port: NonZeroU16::new(51820).unwrap(),
             endpoints: vec!["172.18.0.2:51820".parse().unwrap()],
             epoch: 1,
+            next_key: None,
             backend: Backend::Userspace,
             mode: Mode::Native,
             overlays: Vec::new(),
@@ -230,7 +277,11 @@ mod tests {
         let endpoints = vec!["[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap(); 8];
         let ours = Announcement {
             endpoints,
-            epoch: u64::MAX,
+            epoch: u64::MAX - 1,
+            next_key: Some(AnnouncedKey {
+                public_key: PublicKey::from_bytes([8; 32]).unwrap(),
+                epoch: u64::MAX,
+            }),
             mode: Mode::Geneve,
             overlays: vec!["geneve:16777215:65535".parse().unwrap(); 8],
             routable: true,
@@ -266,6 +317,35 @@ mod tests {
             let refusal = Announcement::parse(text(KEY).replace(good, bad)).unwrap_err();
 
             assert!(matches!(refusal, Refusal::Malformed { .. }), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_next_key_comes_after_the_one_in_force_and_on_another_device() {
+        let key = AnnouncedKey {
+            public_key: PublicKey::from_bytes([8; 32]).unwrap(),
+            epoch: 2,
+        };
+        let next = |epoch: &str| {
+            let next = format!(
+                r#"{{"next":{{"publicKey":"{}","epoch":{epoch}}},"version""#,
+                key.public_key
+            );
+            Announcement::parse(text(KEY).replace("{\"version\"", &next))
+        };
+
+        assert_eq!(next("2").unwrap().next_key, Some(key));
+        for bad in ["0", "1", "3", "-2", "\"2\"", "18446744073709551616"] {
+            let refusal = next(bad).unwrap_err();
+            assert!(
+                matches!(refusal, Refusal::Malformed { field: "epoch", .. }),
+                "{bad}: {refusal}"
+            );
+        }
+        let same = format!(r#"{{"publicKey":"{KEY}","epoch":2}}"#);
+        for bad in ["7", "null", "[]", "{}", &same] {
+            let bad = text(KEY).replace("{\"version\"", &format!("{{\"next\":{bad},\"version\""));
+            assert!(Announcement::parse(&bad).is_err(), "{bad}");
         }
     }
 

@@ -7,7 +7,8 @@
 //! - A key or prefix belongs to its first verified holder. A second claimer is refused. Two that claim it at once, with no memory of
 //!   who was first, are both refused; a prefix nobody holds has no owner, so that its traffic is dropped.
 //! - An underlay address belongs to its first holder too; whoever else claims it stays a peer without that address.
-//! - This node always holds its own key and prefixes.
+//! - A key to come has a holder like one in force. A node that announces one it does not hold stays a peer without it.
+//! - This node always holds its own keys and prefixes.
 //! - A key stays with its holder until the node is gone or verifiably holds another key, so that withdrawing or spoiling an
 //!   announcement for a moment gives nobody else a chance. A prefix stays until the authority no longer lists it.
 //! - A [`reset`](Directory::reset) is a complete list. When it would remove more than one and more than a fifth of the known peers,
@@ -33,10 +34,10 @@ use thiserror::Error;
 
 use self::settle::{Claimed, Unsettled};
 use self::verify::Claims;
-use crate::announcement::{Backend, EncryptScope, Mode};
+use crate::announcement::{AnnouncedKey, Backend, EncryptScope, Mode};
 use crate::record::shared;
 use crate::words::words;
-use crate::{Announcement, Event, Excerpt, OptOuts, Record, Refusal, Unreadable, Zone};
+use crate::{Announcement, Event, Excerpt, OptOuts, PublicKeys, Record, Refusal, Unreadable, Zone};
 
 /// The most nodes a directory keeps, this one not counted.
 pub const MAX_NODES: usize = 10_000;
@@ -50,8 +51,8 @@ pub const MAX_OPT_OUTS: usize = 4096;
 pub struct Local {
     /// This node's name.
     pub node: NodeName,
-    /// This node's key.
-    pub public_key: PublicKey,
+    /// This node's keys.
+    pub keys: PublicKeys,
     /// This node's pod prefixes; `None` where the directory is their authority and gives this node its own.
     pub pod_prefixes: Option<BTreeSet<Prefix>>,
 }
@@ -69,6 +70,8 @@ pub struct Peer {
     pub addresses: Vec<IpAddr>,
     /// The epoch of its announcement.
     pub epoch: u64,
+    /// The key to come, which it answers to as well.
+    pub next_key: Option<AnnouncedKey>,
     /// How it says it encrypts.
     pub backend: Backend,
     /// How it sends pod packets.
@@ -284,6 +287,16 @@ pub enum Problem {
         /// Why.
         flaw: EndpointFlaw,
     },
+    /// A peer announces a key to come that is not its to announce; it stays a peer with the one in force.
+    #[error("node {node}: its next key {}.. is not used: {}", key.fingerprint(), holder.as_ref().map_or("others announce it too, or it is this node's".to_owned(), |holder| format!("node {holder} holds it")))]
+    NextKey {
+        /// Whose.
+        node: NodeName,
+        /// Which.
+        key: PublicKey,
+        /// Who has it, if that is known.
+        holder: Option<NodeName>,
+    },
     /// Several nodes have one address. Neither overlay nor encrypted node traffic uses it for those that came later.
     #[error("the address {address} is not used for {}: {}", names(unused), holder.as_ref().map_or("nobody knows who had it first".to_owned(), |holder| format!("node {holder} had it first")))]
     Address {
@@ -337,6 +350,9 @@ pub struct Memory {
     pub records: Vec<Arc<Record>>,
     /// Who holds which key.
     pub keys: BTreeMap<NodeName, PublicKey>,
+    /// Who holds which key to come.
+    #[serde(default)]
+    pub next_keys: BTreeMap<NodeName, PublicKey>,
     /// Who holds which prefix.
     pub prefixes: BTreeMap<Prefix, NodeName>,
     /// The highest epoch each node has announced.
@@ -357,8 +373,9 @@ pub struct Directory {
     /// What the source says of this node itself, or last said.
     own: Option<OwnEntry>,
     claimed: Claimed,
-    /// Who holds which key, both ways.
+    /// Who holds which key, in force or to come, both ways.
     keys: BTreeMap<NodeName, PublicKey>,
+    next_keys: BTreeMap<NodeName, PublicKey>,
     holders: BTreeMap<PublicKey, NodeName>,
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
@@ -429,6 +446,7 @@ impl Directory {
             own: None,
             claimed: Claimed::default(),
             keys: BTreeMap::new(),
+            next_keys: BTreeMap::new(),
             holders: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             addresses: BTreeMap::new(),
@@ -452,11 +470,14 @@ impl Directory {
             let seen = memory.epochs.get(&record.node).copied();
             self.enter(record, seen);
         }
-        for (node, key) in memory.keys {
-            let free = key != self.local.public_key && !self.holders.contains_key(&key);
-            if free && self.entries.contains_key(&node) {
-                self.holders.insert(key, node.clone());
-                self.keys.insert(node, key);
+        for (remembered, held) in [(memory.keys, &mut self.keys), (memory.next_keys, &mut self.next_keys)] {
+            for (node, key) in remembered {
+                let free = !self.local.keys.contains(key) && !self.holders.contains_key(&key);
+                if free && self.entries.contains_key(&node) {
+                    self.holders.insert(key, node.clone());
+                    self.unsettled.keys.insert(key);
+                    held.insert(node, key);
+                }
             }
         }
         self.unsettled.prefixes.extend(memory.prefixes.keys());
@@ -484,6 +505,7 @@ impl Directory {
                 .map(Arc::clone)
                 .collect(),
             keys: self.keys.clone(),
+            next_keys: self.next_keys.clone(),
             prefixes: self.prefixes.clone(),
             epochs: epochs.collect(),
             addresses: self.addresses.clone(),
@@ -600,6 +622,25 @@ impl Directory {
         self.take([Event::OptedOut(opted_out)]);
     }
 
+    /// This node has other keys by now.
+    pub fn set_own_keys(&mut self, keys: PublicKeys) {
+        if self.local.keys == keys {
+            return;
+        }
+        let before = std::mem::replace(&mut self.local.keys, keys);
+        self.unsettled.keys.extend(before.iter());
+        for key in keys.iter() {
+            self.unsettled.keys.insert(key);
+            // Nobody else can have a key of ours.
+            if let Some(node) = self.holders.remove(&key) {
+                self.keys.retain(|holder, held| *holder != node || *held != key);
+                self.next_keys.retain(|holder, held| *holder != node || *held != key);
+            }
+        }
+        self.settle();
+        self.conclude();
+    }
+
     /// The directory as it is, or `None` while neither a source's first list nor a memory has come.
     pub fn snapshot(&self) -> Option<Arc<Snapshot>> {
         self.snapshot.clone()
@@ -640,7 +681,10 @@ impl Directory {
         if let Some(entry) = self.entries.remove(node) {
             self.unclaim(node, &entry.claims(&self.protected));
         }
-        if let Some(key) = self.keys.remove(node) {
+        for key in [self.keys.remove(node), self.next_keys.remove(node)]
+            .into_iter()
+            .flatten()
+        {
             self.holders.remove(&key);
             self.unsettled.keys.insert(key);
         }
@@ -729,16 +773,15 @@ impl Directory {
     }
 
     /// By what a node is on the deny list, and the remark beside it.
-    fn denial(&self, node: &NodeName, key: Option<PublicKey>) -> Option<(&'static str, &str)> {
+    fn denial(&self, node: &NodeName, keys: impl IntoIterator<Item = PublicKey>) -> Option<(&'static str, &str)> {
         if self.denied.is_empty() {
             return None;
         }
         let listed = |text: &str| self.denied.get(text).map(String::as_str);
         let by_name = listed(node.as_str()).map(|remark| ("name", remark));
         by_name.or_else(|| {
-            let key = key?;
-            let remark = listed(&key.fingerprint()).or_else(|| listed(&key.to_string()));
-            remark.map(|remark| ("key", remark))
+            let of_key = |key: PublicKey| listed(&key.fingerprint()).or_else(|| listed(&key.to_string()));
+            keys.into_iter().find_map(of_key).map(|remark| ("key", remark))
         })
     }
 
@@ -758,7 +801,7 @@ impl Directory {
             .announcement
             .as_deref()
             .and_then(|raw| Announcement::parse(raw).ok());
-        if let Some(other) = announced.filter(|announced| announced.public_key != self.local.public_key) {
+        if let Some(other) = announced.filter(|announced| !self.local.keys.contains(announced.public_key)) {
             problems.push(Problem::LocalKey(other.public_key));
         }
         match &self.local.pod_prefixes {
@@ -800,6 +843,7 @@ fn peer(
         pod_prefixes,
         addresses,
         epoch: announcement.epoch,
+        next_key: announcement.next_key,
         backend: announcement.backend,
         mode: announcement.mode,
         overlays: announcement.overlays,

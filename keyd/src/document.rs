@@ -23,7 +23,23 @@ impl Document {
                 limit,
             });
         }
-        let text = std::str::from_utf8(bytes).map_err(|_| Refusal::NotText)?;
+        let document = Self::object(std::str::from_utf8(bytes).map_err(|_| Refusal::NotText)?)?;
+        let version = document.raw("version").ok_or(Refusal::Missing("version"))?;
+        if serde_json::from_str::<u64>(version).ok() != Some(known) {
+            return Err(Refusal::Version {
+                found: Excerpt::of(version),
+                known,
+            });
+        }
+        Ok(document)
+    }
+
+    /// The object in a field, if the field is there.
+    pub(crate) fn inner(&self, field: &str) -> Result<Option<Self>, Refusal> {
+        self.raw(field).map(Self::object).transpose()
+    }
+
+    fn object(text: &str) -> Result<Self, Refusal> {
         let fields: Fields = serde_json::from_str(text).map_err(|error| match error.classify() {
             Category::Data => Refusal::NotAnObject,
             Category::Io | Category::Syntax | Category::Eof => Refusal::NotJson {
@@ -34,16 +50,7 @@ impl Document {
         if let Some(name) = fields.twice {
             return Err(Refusal::Duplicate(Excerpt::of(&name)));
         }
-        let document = Self { fields: fields.once };
-
-        let version = document.raw("version").ok_or(Refusal::Missing("version"))?;
-        if serde_json::from_str::<u64>(version).ok() != Some(known) {
-            return Err(Refusal::Version {
-                found: Excerpt::of(version),
-                known,
-            });
-        }
-        Ok(document)
+        Ok(Self { fields: fields.once })
     }
 
     /// The field's JSON text, if it is there.

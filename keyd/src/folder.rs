@@ -126,8 +126,13 @@ impl Folder {
                 }
             }
         };
-        rustix::fs::fsync(&self.fd).map_err(io_error("sync folder", &self.path))?;
+        self.sync()?;
         Ok(written)
+    }
+
+    /// Makes sure that names which were given or taken survive a crash.
+    pub(crate) fn sync(&self) -> Result<(), Error> {
+        rustix::fs::fsync(&self.fd).map_err(io_error("sync folder", &self.path))
     }
 
     /// Gives a file another name, replacing what had it.

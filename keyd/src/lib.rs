@@ -1,7 +1,7 @@
 //! Node keys, announcements, and the directory of who is in the mesh.
 //!
 //! ```text
-//!  state directory ── key::load_or_create ──> this node's key ──> Announcement ── file::publish ──> the folder
+//!  state directory ── key::load_or_create ──> this node's keys ──> Announcement ── file::publish ──> the folder
 //!                                                                                                      │
 //!  cache::load ─────────────┐                                                        file::Source <────┘
 //!                           v                                                             │ Event
@@ -32,7 +32,7 @@ mod words;
 pub use announcement::Announcement;
 pub use directory::{Directory, Local, Memory, Peer, Problem, Reason, Refused, Snapshot};
 pub use error::Error;
-pub use key::NodeKey;
+pub use key::{NodeKey, NodeKeys, PublicKeys};
 pub use opt_out::{OptOut, OptOuts};
 pub use record::{Record, Unreadable, Zone};
 pub use refusal::{Excerpt, Refusal};

@@ -23,6 +23,7 @@ fn memory() -> Memory {
             announcement: Some("any \u{1b} text \"at\" all".to_owned()),
         })],
         keys: BTreeMap::from([(node.clone(), PublicKey::from_bytes([7; 32]).unwrap())]),
+        next_keys: BTreeMap::from([("a".parse().unwrap(), PublicKey::from_bytes([9; 32]).unwrap())]),
         prefixes: BTreeMap::from([("10.244.1.0/24".parse().unwrap(), node.clone())]),
         epochs: BTreeMap::from([(node.clone(), u64::MAX)]),
         addresses: BTreeMap::from([("fd18::2".parse().unwrap(), node)]),

@@ -48,7 +48,7 @@ fn planted() -> TempDir {
 #[test]
 fn the_oracle_finds_the_key_where_it_is() {
     let state = planted();
-    let key = key::load_or_create(state.path()).unwrap();
+    let key = key::load_or_create(state.path()).unwrap().current;
 
     assert!(sings(&fs::read(state.path().join("key")).unwrap()));
     assert!(sings(format!("{:?}", key.private.expose()).as_bytes()));
@@ -58,12 +58,13 @@ fn the_oracle_finds_the_key_where_it_is() {
 #[test]
 fn the_key_is_in_nothing_that_leaves() {
     let state = planted();
-    let key = key::load_or_create(state.path()).unwrap();
+    let keys = key::load_or_create(state.path()).unwrap();
     let announcement = Announcement {
-        public_key: key.public,
+        public_key: keys.current.public,
         listen_port: NonZeroU16::new(51820).unwrap(),
         endpoints: vec!["172.18.0.2:51820".parse().unwrap()],
         epoch: 1,
+        next_key: None,
         backend: Backend::Userspace,
         mode: Mode::Native,
         overlays: Vec::new(),
@@ -82,7 +83,7 @@ fn the_key_is_in_nothing_that_leaves() {
     file::publish(folder.path(), &record).unwrap();
     let local = Local {
         node: "me".parse().unwrap(),
-        public_key: key.public,
+        keys: keys.public(),
         pod_prefixes: Some(BTreeSet::new()),
     };
     let mut directory = Directory::new(local, BTreeSet::new());
@@ -90,7 +91,7 @@ fn the_key_is_in_nothing_that_leaves() {
     cache::save(state.path(), &directory.memory()).unwrap();
 
     let leaving = [
-        format!("{key:?} {key:#?}"),
+        format!("{keys:?} {keys:#?} {:?}", keys.public()),
         format!("{announcement:?} {record:?} {:?}", directory.snapshot()),
         fs::read_to_string(folder.path().join("a.json")).unwrap(),
         fs::read_to_string(state.path().join("directory.json")).unwrap(),

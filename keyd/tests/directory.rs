@@ -8,12 +8,12 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use shroud_keyd::announcement::{Backend, EncryptScope, Mode};
+use shroud_keyd::announcement::{AnnouncedKey, Backend, EncryptScope, Mode};
 use shroud_keyd::directory::{EndpointFlaw, MAX_NODES, MAX_OPT_OUTS, Origin, Own};
 use shroud_keyd::opt_out::OptOutBy;
 use shroud_keyd::{
-    Announcement, Directory, Event, Excerpt, Local, OptOut, OptOuts, Peer, Problem, Reason, Record, Refusal, Snapshot,
-    Unreadable,
+    Announcement, Directory, Event, Excerpt, Local, OptOut, OptOuts, Peer, Problem, PublicKeys, Reason, Record,
+    Refusal, Snapshot, Unreadable,
 };
 use shroud_model::{InvalidKey, NodeName, Prefix, PublicKey};
 
@@ -37,7 +37,7 @@ fn key(seed: u8) -> PublicKey {
 fn directory() -> Directory {
     let local = Local {
         node: name("me"),
-        public_key: key(1),
+        keys: PublicKeys::only(key(1), 1),
         pod_prefixes: Some(prefixes(&["10.244.0.0/24"])),
     };
     Directory::new(local, prefixes(&["10.244.0.0/16", "fd00:10:244::/48"]))
@@ -54,6 +54,7 @@ fn node(text: &str, host: u8) -> Builder {
             listen_port: NonZeroU16::new(51820).unwrap(),
             endpoints: vec![format!("172.18.0.{host}:51820").parse().unwrap()],
             epoch: 1,
+            next_key: None,
             backend: Backend::Userspace,
             mode: Mode::Native,
             overlays: Vec::new(),
@@ -75,6 +76,14 @@ struct Builder {
 }
 
 impl Builder {
+    fn next(mut self, seed: u8) -> Self {
+        self.announcement.next_key = Some(AnnouncedKey {
+            public_key: key(seed),
+            epoch: self.announcement.epoch + 1,
+        });
+        self
+    }
+
     fn key(mut self, seed: u8) -> Self {
         self.announcement.public_key = key(seed);
         self
@@ -205,6 +214,7 @@ fn there_is_no_snapshot_before_the_first_complete_list() {
                 pod_prefixes: prefixes(&["10.244.2.0/24"]),
                 addresses: vec!["172.18.0.2".parse().unwrap()],
                 epoch: 1,
+                next_key: None,
                 backend: Backend::Userspace,
                 mode: Mode::Native,
                 overlays: Vec::new(),
@@ -492,12 +502,106 @@ fn a_key_set_free_serves_another_claimer_in_the_same_list() {
     assert_eq!(view(&directory), (peers([("a", 8), ("c", 2)]), refused([])));
 }
 
+/// The words of the reasons why a node is refused.
+fn reasons(directory: &Directory, node: &str) -> Vec<&'static str> {
+    let snapshot = snapshot(directory);
+    snapshot.refused[&name(node)].reasons.iter().map(Reason::id).collect()
+}
+
+/// The keys to come that are used.
+fn next_keys(directory: &Directory) -> Vec<(String, PublicKey)> {
+    let snapshot = snapshot(directory);
+    let peers = snapshot.peers.iter();
+    peers
+        .filter_map(|(node, peer)| Some((node.to_string(), peer.next_key?.public_key)))
+        .collect()
+}
+
+#[test]
+fn a_node_holds_its_next_key_and_then_has_it() {
+    let mut directory = after(&[&[node("a", 2).next(8)]]);
+    assert_eq!(next_keys(&directory), [("a".to_owned(), key(8))]);
+
+    // Nobody takes it meanwhile, as either.
+    directory.apply(Ok(node("b", 3).key(8).record()));
+    assert_eq!(reasons(&directory, "b"), ["key-held"]);
+    directory.apply(Ok(node("b", 3).next(8).record()));
+    assert_eq!(view(&directory), (peers([("a", 2), ("b", 3)]), refused([])));
+    assert_eq!(next_keys(&directory), [("a".to_owned(), key(8))]);
+
+    directory.apply(Ok(node("a", 2).key(8).epoch(2).record()));
+    assert_eq!(view(&directory), (peers([("a", 8), ("b", 3)]), refused([])));
+    assert_eq!(next_keys(&directory), []);
+    // Now the old announcement is one that is played again, and the old key is free.
+    directory.apply(Ok(node("c", 4).key(2).record()));
+    directory.apply(Ok(node("a", 2).next(8).record()));
+    assert_eq!(reasons(&directory, "a"), ["replay"]);
+    assert_eq!(snapshot(&directory).peers[&name("c")].public_key, key(2));
+}
+
+#[test]
+fn a_next_key_that_is_not_its_own_costs_a_node_nothing_but_that_key() {
+    let says = |directory: &Directory| -> Vec<String> {
+        snapshot(directory).problems.iter().map(ToString::to_string).collect()
+    };
+
+    let directory = after(&[&[node("a", 2), node("b", 3).next(2)]]);
+    assert_eq!(view(&directory), (peers([("a", 2), ("b", 3)]), refused([])));
+    assert_eq!(next_keys(&directory), []);
+    let fingerprint = key(2).fingerprint();
+    assert_eq!(
+        says(&directory),
+        [format!(
+            "node b: its next key {fingerprint}.. is not used: node a holds it"
+        )]
+    );
+
+    let directory = after(&[&[node("a", 2).next(1), node("b", 3).next(9), node("c", 4).next(9)]]);
+    assert_eq!(next_keys(&directory), []);
+    assert_eq!(says(&directory).len(), 3, "{:?}", says(&directory));
+}
+
+#[test]
+fn a_next_key_is_kept_while_its_announcement_is_spoiled_and_set_free_by_a_better_one() {
+    let mut directory = after(&[&[node("a", 2).next(8)]]);
+    directory.apply(Ok(node("a", 2).announcing("nonsense").record()));
+    directory.apply(Ok(node("b", 3).next(8).record()));
+    assert_eq!(next_keys(&directory), []);
+
+    directory.apply(Ok(node("a", 2).next(9).record()));
+
+    assert_eq!(
+        next_keys(&directory),
+        [("a".to_owned(), key(9)), ("b".to_owned(), key(8))]
+    );
+}
+
+#[test]
+fn this_node_holds_its_next_key_too() {
+    let mut directory = after(&[&[node("a", 2), node("b", 8)]]);
+    assert_eq!(view(&directory), (peers([("a", 2), ("b", 8)]), refused([])));
+    let next = AnnouncedKey {
+        public_key: key(8),
+        epoch: 2,
+    };
+
+    directory.set_own_keys(PublicKeys {
+        next: Some(next),
+        ..PublicKeys::only(key(1), 1)
+    });
+    assert_eq!(reasons(&directory, "b"), ["own-key"]);
+
+    directory.set_own_keys(PublicKeys::only(key(9), 2));
+    directory.apply(Ok(node("b", 8).record()));
+    assert_eq!(view(&directory), (peers([("a", 2), ("b", 8)]), refused([])));
+}
+
 #[test]
 fn prefixes_must_be_protected_and_not_absurdly_wide() {
     let wide: BTreeSet<Prefix> = prefixes(&["0.0.0.0/0", "::/0"]);
     let local = Local {
         node: name("me"),
-        public_key: key(1),
+        keys: PublicKeys::only(key(1), 1),
         pod_prefixes: Some(BTreeSet::new()),
     };
     let mut everything = Directory::new(local, wide);
@@ -765,7 +869,7 @@ fn the_directorys_word_about_this_node_is_only_compared() {
 fn giving_prefixes() -> Directory {
     let local = Local {
         node: name("me"),
-        public_key: key(1),
+        keys: PublicKeys::only(key(1), 1),
         pod_prefixes: None,
     };
     Directory::new(local, prefixes(&["10.244.0.0/16", "fd00:10:244::/48"]))

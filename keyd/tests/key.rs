@@ -8,7 +8,7 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use shroud_keyd::key::{Flaw, load_or_create};
+use shroud_keyd::key::{Flaw, load_or_create, prepare, promote};
 use shroud_keyd::{Error, NodeKey};
 use shroud_model::PublicKey;
 use tempfile::TempDir;
@@ -16,7 +16,8 @@ use tempfile::TempDir;
 /// RFC 7748 §6.1: Alice's key pair.
 const PRIVATE: &str = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=\n";
 const PUBLIC: &str = "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=\n";
-/// RFC 7748 §6.1: Bob's public key.
+/// RFC 7748 §6.1: Bob's key pair.
+const OTHER_PRIVATE: &str = "XasIfmJKikt54X+Lg4AO5m87sSkmGLb9HC+LJ/+I4Os=\n";
 const OTHER_PUBLIC: &str = "3p7bfXt9wbTTW2HC7OQ1Nz+DQ8hbeGdNrfx+FG+IK08=\n";
 
 /// A state directory in a folder of its own, removed with everything in it.
@@ -38,13 +39,16 @@ impl State {
         chmod(&state.path, 0o700);
         for (name, text) in files {
             fs::write(state.path.join(name), text).unwrap();
-            chmod(&state.path.join(name), if *name == "key" { 0o600 } else { 0o644 });
+            chmod(
+                &state.path.join(name),
+                if name.ends_with(".pub") { 0o644 } else { 0o600 },
+            );
         }
         state
     }
 
     fn load(&self) -> Result<NodeKey, Error> {
-        load_or_create(&self.path)
+        load_or_create(&self.path).map(|keys| keys.current)
     }
 
     fn read(&self, name: &str) -> Option<String> {
@@ -109,7 +113,10 @@ fn the_first_start_makes_a_key_that_later_starts_find() {
     assert_eq!(first.public, second.public);
     assert_eq!(first.private.expose(), second.private.expose());
     assert_eq!(state.names(), ["key", "key.pub"]);
-    assert_eq!(state.read("key.pub"), Some(format!("{}\n", first.public)));
+    assert_eq!(
+        state.read("key.pub"),
+        Some(format!("{} {}\n", first.public, first.epoch))
+    );
     assert_eq!(state.read("key").unwrap().len(), 45);
     assert_eq!(
         [
@@ -150,7 +157,121 @@ fn a_key_made_by_wg_is_taken_and_its_public_half_is_the_published_one() {
     let key = state.load().unwrap();
 
     assert_eq!(key.public, public(PUBLIC));
-    assert_eq!(state.read("key.pub"), Some(PUBLIC.to_owned()));
+    assert_eq!(
+        state.read("key.pub"),
+        Some(format!("{} {}\n", PUBLIC.trim(), key.epoch))
+    );
+}
+
+#[test]
+fn a_first_key_has_the_time_as_its_epoch_and_a_public_key_without_one_the_first() {
+    let now = || {
+        SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap()
+            .as_secs()
+    };
+    let before = now();
+
+    let made = State::missing().load().unwrap().epoch;
+    let written_by_wg = State::with(&[("key", PRIVATE), ("key.pub", PUBLIC)])
+        .load()
+        .unwrap()
+        .epoch;
+
+    assert!(made % 2 == 1 && before <= made && made <= now() + 1, "{made}");
+    assert_eq!(written_by_wg, 1);
+}
+
+#[test]
+fn a_next_key_is_made_once_and_put_in_force() {
+    let state = State::with(&[("key", PRIVATE), ("key.pub", PUBLIC)]);
+
+    let prepared = prepare(&state.path).unwrap();
+    let next = prepared.next.unwrap();
+    assert_eq!(prepared.current.public, public(PUBLIC));
+    assert!(next.epoch > 1 && next.epoch.is_multiple_of(2), "{}", next.epoch);
+    assert_eq!(state.names(), ["key", "key.next", "key.next.pub", "key.pub"]);
+    assert_eq!(mode(&state.path.join("key.next")), 0o600);
+    for found in [prepare(&state.path), load_or_create(&state.path)] {
+        let found = found.unwrap().next.unwrap();
+        assert_eq!((found.public, found.epoch), (next.public, next.epoch));
+    }
+
+    let promoted = promote(&state.path).unwrap();
+    assert!(promoted.next.is_none());
+    let loaded = load_or_create(&state.path).unwrap().current;
+    for key in [promoted.current, loaded] {
+        assert_eq!((key.public, key.epoch), (next.public, next.epoch));
+    }
+    assert_eq!(state.names(), ["key", "key.pub"]);
+    assert!(!state.read("key").unwrap().contains(PRIVATE.trim()));
+
+    // And back to the other lowest bit.
+    let third = prepare(&state.path).unwrap().next.unwrap().epoch;
+    assert!(third > next.epoch && third % 2 == 1, "{third}");
+    assert!(
+        promote(&state.path).is_ok() && promote(&state.path).is_ok(),
+        "without a next key nothing is done"
+    );
+}
+
+#[test]
+fn a_change_of_key_that_was_cut_off_at_any_point_is_resumed() {
+    let prepared = || {
+        let state = State::with(&[("key", PRIVATE), ("key.pub", PUBLIC)]);
+        let next = prepare(&state.path).unwrap().next.unwrap();
+        (state, next.public)
+    };
+
+    // While the next key was being written, and between its two files.
+    let state = State::with(&[("key", PRIVATE), ("key.pub", PUBLIC), (".key.next.new", &PRIVATE[..20])]);
+    assert!(load_or_create(&state.path).unwrap().next.is_none());
+    assert!(prepare(&state.path).unwrap().next.is_some());
+    let (state, next) = prepared();
+    fs::remove_file(state.path.join("key.next.pub")).unwrap();
+    assert_eq!(load_or_create(&state.path).unwrap().next.unwrap().public, next);
+    assert_eq!(state.names(), ["key", "key.next", "key.next.pub", "key.pub"]);
+
+    // While it was put in force.
+    let (state, next) = prepared();
+    fs::rename(state.path.join("key.next.pub"), state.path.join("key.pub")).unwrap();
+    let keys = load_or_create(&state.path).unwrap();
+    assert_eq!((keys.current.public, keys.next.is_none()), (next, true));
+    assert_eq!(state.names(), ["key", "key.pub"]);
+}
+
+#[test]
+fn a_next_key_that_cannot_be_is_refused_and_the_one_in_force_is_not_replaced() {
+    let with_next = |public: &str| {
+        State::with(&[
+            ("key", PRIVATE),
+            ("key.pub", PUBLIC),
+            ("key.next", OTHER_PRIVATE),
+            ("key.next.pub", public),
+        ])
+    };
+    let public = |epoch: u64| format!("{} {epoch}\n", OTHER_PUBLIC.trim());
+
+    assert!(with_next(&public(2)).load().is_ok());
+    for epoch in [0, 1, 3] {
+        let flaw = Flaw::Epoch {
+            current: 1,
+            next: epoch,
+        };
+        assert_eq!(with_next(&public(epoch)).refusal(), ("key.next.pub".to_owned(), flaw));
+    }
+    assert_eq!(with_next(PUBLIC).refusal(), ("key.next".to_owned(), Flaw::NotAPair));
+
+    let lost = with_next(&public(2));
+    fs::remove_file(lost.path.join("key.next")).unwrap();
+    let flaw = Flaw::Missing { beside: "key.next.pub" };
+    assert_eq!(lost.refusal(), ("key.next".to_owned(), flaw));
+
+    let lost = with_next(&public(2));
+    fs::remove_file(lost.path.join("key")).unwrap();
+    fs::remove_file(lost.path.join("key.pub")).unwrap();
+    assert_eq!(lost.refusal(), ("key".to_owned(), Flaw::Missing { beside: "key.next" }));
 }
 
 #[test]
@@ -190,7 +311,7 @@ fn processes_that_start_at_once_agree() {
 fn a_lost_key_is_not_replaced() {
     let state = State::with(&[("key.pub", PUBLIC)]);
 
-    assert_eq!(state.refusal(), ("key".to_owned(), Flaw::Missing));
+    assert_eq!(state.refusal(), ("key".to_owned(), Flaw::Missing { beside: "key.pub" }));
 }
 
 #[test]
@@ -229,7 +350,20 @@ fn a_damaged_key_is_refused_also_when_there_is_no_public_key() {
 
 #[test]
 fn a_damaged_public_key_is_refused() {
-    for text in ["", "hSDw", &format!("{}=\n", "A".repeat(43)), &PUBLIC.replace('h', "!")] {
+    let trimmed = PUBLIC.trim();
+    let texts = [
+        String::new(),
+        "hSDw".to_owned(),
+        trimmed.to_owned(),
+        format!("{}=\n", "A".repeat(43)),
+        PUBLIC.replace('h', "!"),
+        format!("{trimmed} \n"),
+        format!("{trimmed} -1\n"),
+        format!("{trimmed} 18446744073709551616\n"),
+        format!("{trimmed} 1 \n"),
+        format!("{trimmed} 1\n\n"),
+    ];
+    for text in &texts {
         let state = State::with(&[("key", PRIVATE), ("key.pub", text)]);
 
         assert_eq!(state.refusal(), ("key.pub".to_owned(), Flaw::Public), "{text:?}");

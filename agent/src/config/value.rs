@@ -92,6 +92,9 @@ impl fmt::Display for Interval {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.as_millis() {
             millis if !millis.is_multiple_of(1000) => write!(f, "{millis}ms"),
+            0 => f.write_str("0s"),
+            millis if millis.is_multiple_of(3_600_000) => write!(f, "{}h", millis / 3_600_000),
+            millis if millis.is_multiple_of(60_000) => write!(f, "{}m", millis / 60_000),
             millis => write!(f, "{}s", millis / 1000),
         }
     }

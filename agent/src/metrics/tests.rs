@@ -11,7 +11,7 @@ use shroud_model::{Family as IpFamily, NodeId, PublicKey};
 use super::*;
 use crate::check::Check;
 use crate::status::tests::{peer, status};
-use crate::status::{OptOutStatus, PathStatus};
+use crate::status::{OptOutStatus, PathStatus, RotationStatus};
 
 /// Everything that a sample borrows.
 struct World {
@@ -118,6 +118,15 @@ fn lively() -> World {
         ..peer("d")
     };
     let mut world = World::new([b, c, d]);
+    let next = shroud_model::PublicKey::from_bytes([9; 32]).unwrap();
+    world.status.as_mut().unwrap().rotation = Some(RotationStatus {
+        public_key: next,
+        fingerprint: next.fingerprint(),
+        seconds: 4.0,
+        followed: 1,
+        away: 1,
+        waiting: vec![name("d")],
+    });
     world.handshakes = [(name("b"), 1_799_999_940)].into();
     world.uplinks = ["eth0".to_owned(), "eth1".to_owned()].into();
     world.counters = vec![

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use shroud_ebpf::{Node, NodePath};
 use shroud_keyd::{Peer, Snapshot};
-use shroud_model::{Family, Prefix};
+use shroud_model::{Family, NodeName, Prefix};
 use shroud_routing::{Hop, Route, Rule, Table};
 
 use super::{PlannedPeer, outgoing, shared_zone};
@@ -20,7 +20,12 @@ pub(crate) fn are_encrypted(config: &Config, snapshot: &Snapshot, peer: &Peer) -
 }
 
 /// The gate's view of all underlay addresses. This node's own come last: nobody else can have them.
-pub(crate) fn table(config: &Config, snapshot: &Snapshot, own_addresses: &BTreeSet<IpAddr>) -> BTreeMap<IpAddr, Node> {
+pub(crate) fn table(
+    config: &Config,
+    snapshot: &Snapshot,
+    own_addresses: &BTreeSet<IpAddr>,
+    device: impl Fn(&NodeName) -> Option<u32>,
+) -> BTreeMap<IpAddr, Node> {
     let mut nodes = BTreeMap::new();
     for (name, refused) in snapshot.refused.iter().filter(|_| config.encrypt.nodes) {
         let fenced = Node {
@@ -33,7 +38,7 @@ pub(crate) fn table(config: &Config, snapshot: &Snapshot, own_addresses: &BTreeS
         let known = Node {
             node: name.id(),
             path: if are_encrypted(config, snapshot, peer) {
-                NodePath::Encrypted
+                NodePath::Encrypted(device(name))
             } else {
                 NodePath::Open
             },

@@ -2,13 +2,14 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use shroud_ebpf::{Owner, Path as Way};
+use shroud_keyd::announcement::AnnouncedKey;
 use shroud_keyd::directory::{Origin, Own, Refused};
 use shroud_keyd::{Peer, Reason};
 use shroud_model::PrivateKey;
 use shroud_routing::{Address, LinkFacts};
 
 use super::*;
-use crate::config::RoutingMode;
+use crate::config::{Interval, RoutingMode};
 
 #[test]
 fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
@@ -28,14 +29,14 @@ fn a_peer_on_the_same_link_is_routed_to_directly_and_encrypted_to() {
             "fd00:10:244:2::/64 via fd18::2 dev eth0 src fd00:10:244:1:: mtu 1440",
         ]
     );
-    let peer = &plan.tunnel.peers[&key(2)];
+    let peer = &tunnel(&plan).peers[&key(2)];
     assert_eq!(peer.endpoint, Some("172.18.0.2:51820".parse().unwrap()));
     assert_eq!(peer.allowed_ips, prefixes(&["10.244.2.0/24", "fd00:10:244:2::/64"]));
     assert_eq!(
         plan.gate.table.owners[&prefix("10.244.2.0/24")],
         Owner {
             node: name("b").id(),
-            path: Way::Encrypted
+            path: ENCRYPTED
         }
     );
     assert_eq!(
@@ -73,28 +74,28 @@ fn ways(plan: &Plan) -> [Way; 3] {
 fn inside_a_zone_nothing_is_encrypted_where_both_want_it_so() {
     let plan = zones(Some("z1")).plan();
 
-    assert_eq!(ways(&plan), [Way::Plain, Way::Encrypted, Way::Encrypted]);
+    assert_eq!(ways(&plan), [Way::Plain, ENCRYPTED, ENCRYPTED]);
     assert_eq!(plan.peers[&name("near")].in_zone, Some("z1".parse().unwrap()));
     assert_eq!(plan.peers[&name("far")].in_zone, None);
     // The tunnel stays: a change of mind costs no handshake.
-    assert_eq!(plan.tunnel.peers.len(), 3);
+    assert_eq!(tunnel(&plan).peers.len(), 3);
     assert_eq!(plan.problems, []);
 }
 
 #[test]
 fn a_peer_that_wants_all_encrypted_is_encrypted_to() {
     let world = zones(Some("z1")).announcing("near", |peer| peer.scope = EncryptScope::All);
-    assert_eq!(ways(&world.plan()), [Way::Encrypted; 3]);
+    assert_eq!(ways(&world.plan()), [ENCRYPTED; 3]);
 
     let world = zones(Some("z1")).configured(|config| config.encrypt.scope = EncryptScope::All);
-    assert_eq!(ways(&world.plan()), [Way::Encrypted; 3]);
+    assert_eq!(ways(&world.plan()), [ENCRYPTED; 3]);
 }
 
 #[test]
 fn a_node_without_a_zone_encrypts_to_all_and_says_so() {
     let plan = zones(None).plan();
 
-    assert_eq!(ways(&plan), [Way::Encrypted; 3]);
+    assert_eq!(ways(&plan), [ENCRYPTED; 3]);
     assert_eq!(plan.problems.len(), 1);
     assert_eq!(plan.problems[0].check, Check::NoZone);
 }
@@ -110,7 +111,7 @@ fn inside_a_zone_the_nodes_own_traffic_is_not_encrypted_either() {
 
     let path = |address| plan.gate.table.nodes[&ip(address)].path;
     assert_eq!(path("172.18.0.2"), shroud_ebpf::NodePath::Open);
-    assert_eq!(path("172.18.0.3"), shroud_ebpf::NodePath::Encrypted);
+    assert_eq!(path("172.18.0.3"), shroud_ebpf::NodePath::Encrypted(Some(7)));
 }
 
 #[test]
@@ -195,7 +196,7 @@ fn a_refused_node_is_fenced_and_gets_no_route_and_no_peer() {
     let plan = world.plan();
 
     assert_eq!(shown(&plan), Vec::<String>::new());
-    assert!(plan.tunnel.peers.is_empty());
+    assert!(tunnel(&plan).peers.is_empty());
     assert_eq!(
         plan.gate.table.owners[&prefix("10.244.2.0/24")],
         Owner {
@@ -212,7 +213,7 @@ fn an_unreachable_peer_stays_a_peer_and_is_reported() {
 
     let plan = world.plan();
 
-    assert_eq!(plan.peers[&name("b")].endpoint, None);
+    assert_eq!(plan.peers[&name("b")].endpoint(), None);
     assert_eq!(
         plan.peers[&name("b")].problems,
         [Check::PeerUnreachable
@@ -224,9 +225,125 @@ fn an_unreachable_peer_stays_a_peer_and_is_reported() {
 #[test]
 fn a_device_that_does_not_encrypt_with_our_key_is_never_the_gates_way_out() {
     let mut world = World::new().peer("b", 2, &["172.18.0.2"], &["10.244.2.0/24"]);
-    world.surroundings.encryption_device = None;
+    let path = |world: &World| world.plan().gate.table.owners[&prefix("10.244.2.0/24")].path;
+    let stolen = LaneDevice {
+        has_our_key: false,
+        ..OURS
+    };
+    world.surroundings.lanes = [(Lane::ALL[0], stolen)].into();
+    assert_eq!(path(&world), Way::Encrypted(None));
+    // What it decrypts is looked at all the same.
+    assert_eq!(world.plan().gate.encryption, ["shroud0".to_owned()].into());
 
-    assert_eq!(world.plan().gate.table.encryption_device, None);
+    world.surroundings.lanes.clear();
+    assert_eq!(path(&world), Way::Encrypted(None));
+}
+
+/// Node b with a key to come, and its devices there.
+fn with_next_key() -> World {
+    let next = AnnouncedKey {
+        public_key: key(22),
+        epoch: 2,
+    };
+    let mut world = World::new()
+        .peer("b", 2, &["172.18.0.2"], &["10.244.2.0/24"])
+        .peer("c", 3, &["172.18.0.3"], &["10.244.3.0/24"])
+        .announcing("b", |peer| peer.next_key = Some(next));
+    let second = LaneDevice { index: 8, ..OURS };
+    world.surroundings.lanes.insert(Lane::ALL[1], second);
+    world
+}
+
+#[test]
+fn a_peer_with_a_key_to_come_has_a_tunnel_for_each_key() {
+    let plan = with_next_key().plan();
+
+    let devices: Vec<(&str, u16)> = plan
+        .tunnels
+        .values()
+        .map(|tunnel| (tunnel.device.as_str(), tunnel.listen_port))
+        .collect();
+    assert_eq!(devices, [("shroud0", 51820), ("shroud0-1", 51821)]);
+    let (old, new) = (&plan.tunnels[&Lane::ALL[0]], &plan.tunnels[&Lane::ALL[1]]);
+    assert_eq!(old.peers.keys().copied().collect::<Vec<_>>(), [key(2), key(3)]);
+    assert_eq!(new.peers.keys().copied().collect::<Vec<_>>(), [key(22)]);
+    assert_eq!(new.public_key, old.public_key);
+    assert_eq!(new.peers[&key(22)].allowed_ips, old.peers[&key(2)].allowed_ips);
+    // In which the peer's device for its even and our odd key listens.
+    assert_eq!(new.peers[&key(22)].endpoint, Some("172.18.0.2:51822".parse().unwrap()));
+    assert_eq!(plan.gate.table.listen_ports, [51820, 51821].into());
+    assert_eq!(plan.gate.encryption, ["shroud0", "shroud0-1"].map(str::to_owned).into());
+    assert_eq!(plan.routing.links.len(), 2);
+}
+
+#[test]
+fn a_peer_is_sent_to_with_its_new_key_once_that_has_shaken_hands() {
+    let mut world = with_next_key();
+    let paths = |plan: &Plan| ["10.244.2.0/24", "10.244.3.0/24"].map(|pods| plan.gate.table.owners[&prefix(pods)].path);
+    let keepalive = |plan: &Plan, lane: usize, key| plan.tunnels[&Lane::ALL[lane]].peers[&key].keepalive;
+    let some = Some(Duration::from_secs(25));
+
+    let plan = world.plan();
+    assert_eq!(paths(&plan), [ENCRYPTED, ENCRYPTED]);
+    assert_eq!(
+        (keepalive(&plan, 0, key(2)), keepalive(&plan, 1, key(22))),
+        (some, some)
+    );
+
+    world.surroundings.met.insert((Lane::ALL[1], key(22)));
+    let plan = world.plan();
+    assert_eq!(paths(&plan), [Way::Encrypted(Some(8)), ENCRYPTED]);
+    assert_eq!(plan.peers[&name("b")].pair().peer, key(22));
+    // Nothing more is sent with the old one, not even a sign of life.
+    assert_eq!(
+        (keepalive(&plan, 0, key(2)), keepalive(&plan, 1, key(22))),
+        (None, some)
+    );
+    assert_eq!(keepalive(&plan, 0, key(3)), some);
+
+    // Its device is gone, or somebody has given it another key.
+    world.surroundings.lanes.remove(&Lane::ALL[1]);
+    assert_eq!(paths(&world.plan()), [ENCRYPTED, ENCRYPTED]);
+}
+
+#[test]
+fn where_idle_tunnels_are_silent_a_new_one_is_knocked_at_until_it_is_used() {
+    let mut world = with_next_key().configured(|config| config.encryption.keepalive = Interval::from_secs(0));
+    let keepalive = |world: &World| world.plan().tunnels[&Lane::ALL[1]].peers[&key(22)].keepalive;
+
+    assert_eq!(keepalive(&world), Some(KNOCKING));
+    world.surroundings.met.insert((Lane::ALL[1], key(22)));
+    assert_eq!(keepalive(&world), None);
+}
+
+#[test]
+fn two_that_change_at_once_have_a_tunnel_for_each_pair_of_keys() {
+    let mut world = with_next_key();
+    world.keys.next = Some(own_key(21, 2));
+
+    let plan = world.plan();
+
+    let tunnels: Vec<(&str, PublicKey, Vec<PublicKey>)> = plan
+        .tunnels
+        .values()
+        .map(|tunnel| {
+            (
+                tunnel.device.as_str(),
+                tunnel.public_key,
+                tunnel.peers.keys().copied().collect(),
+            )
+        })
+        .collect();
+    let (old, new) = (key(1), key(21));
+    assert_eq!(
+        tunnels,
+        [
+            ("shroud0", old, vec![key(2), key(3)]),
+            ("shroud0-1", old, vec![key(22)]),
+            ("shroud0-2", new, vec![key(2), key(3)]),
+            ("shroud0-3", new, vec![key(22)]),
+        ]
+    );
 }
 
 #[test]
@@ -326,7 +443,7 @@ fn vxlan_wraps_what_goes_to_a_peer_that_receives_it() {
     assert_eq!(plan.routing.links["shroud0"].mtu.bytes(), 1440);
     assert_eq!(plan.routing.links["shroud.vxlan"].addresses, [ip("10.244.1.0")].into());
     assert_eq!(
-        plan.tunnel.peers[&key(2)].allowed_ips,
+        tunnel(&plan).peers[&key(2)].allowed_ips,
         prefixes(&["10.244.2.0/24", "172.18.0.2/32", "fd00:10:244:2::/64", "fd18::2/128"])
     );
     assert_eq!(plan.gate.table.overlay, Some(21320));
@@ -474,7 +591,7 @@ fn traffic_of_nodes_is_encrypted_once_both_ask_for_it() {
 
     assert_eq!(
         (path(&both, "172.18.0.2"), path(&both, "172.18.0.1")),
-        (NodePath::Encrypted, NodePath::LocalProtected)
+        (NodePath::Encrypted(Some(7)), NodePath::LocalProtected)
     );
     assert_eq!(
         (path(&only_us, "172.18.0.2"), path(&only_us, "172.18.0.1")),
@@ -493,7 +610,7 @@ fn traffic_of_nodes_is_encrypted_once_both_ask_for_it() {
     );
     assert_eq!(both.plan().routing.rules.len(), 1);
     assert_eq!(
-        both.plan().tunnel.peers[&key(2)].allowed_ips,
+        tunnel(&both.plan()).peers[&key(2)].allowed_ips,
         prefixes(&["10.244.2.0/24", "172.18.0.2/32"])
     );
     assert!(only_them.plan().routing.rules.is_empty());
@@ -518,22 +635,22 @@ fn nobody_is_believed_to_have_this_nodes_own_address() {
 
     assert_eq!(plan.gate.table.nodes[&ip("172.18.0.1")].node, name("a").id());
     assert!(
-        !plan.tunnel.peers[&key(2)]
+        !tunnel(&plan).peers[&key(2)]
             .allowed_ips
             .contains(&prefix("172.18.0.1/32"))
     );
 }
 
 /// Node a with one uplink of both families, and who else is known.
-struct World {
-    config: Config,
-    key: NodeKey,
-    snapshot: Snapshot,
-    surroundings: Surroundings,
+pub(crate) struct World {
+    pub(crate) config: Config,
+    pub(crate) keys: NodeKeys,
+    pub(crate) snapshot: Snapshot,
+    pub(crate) surroundings: Surroundings,
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let config = "
 node: a
 podPrefixes: [10.244.1.0/24, 'fd00:10:244:1::/64']
@@ -549,10 +666,9 @@ directory: { file: { path: /nodes } }
         };
         Self {
             config: Config::parse(Path::new("test"), config).unwrap(),
-            key: NodeKey {
-                private: Arc::new(PrivateKey::from_bytes([9; 32])),
-                public: key(1),
-                since: std::time::SystemTime::UNIX_EPOCH,
+            keys: NodeKeys {
+                current: own_key(1, 1),
+                next: None,
             },
             snapshot: Snapshot {
                 origin: Origin::Source,
@@ -574,7 +690,8 @@ directory: { file: { path: /nodes } }
                 },
                 hops: BTreeMap::new(),
                 pod_devices: BTreeSet::new(),
-                encryption_device: Some(7),
+                lanes: [(Lane::ALL[0], OURS)].into(),
+                met: BTreeSet::new(),
                 overlay_devices: BTreeSet::new(),
                 paths: BTreeMap::new(),
             },
@@ -600,7 +717,7 @@ directory: { file: { path: /nodes } }
     }
 
     /// A peer on the link of eth0.
-    fn peer(mut self, node: &str, number: u8, addresses: &[&str], pods: &[&str]) -> Self {
+    pub(crate) fn peer(mut self, node: &str, number: u8, addresses: &[&str], pods: &[&str]) -> Self {
         let addresses: Vec<IpAddr> = addresses.iter().map(|text| ip(text)).collect();
         self.surroundings
             .hops
@@ -614,6 +731,7 @@ directory: { file: { path: /nodes } }
             pod_prefixes: prefixes(pods),
             addresses,
             epoch: 1,
+            next_key: None,
             backend: shroud_keyd::announcement::Backend::Userspace,
             mode: Mode::Native,
             overlays: Vec::new(),
@@ -636,15 +754,36 @@ directory: { file: { path: /nodes } }
         self
     }
 
-    fn plan(&self) -> Plan {
+    pub(crate) fn plan(&self) -> Plan {
         plan(&View {
             config: &self.config,
-            key: &self.key,
+            keys: &self.keys,
             backend: Backend::Userspace,
             snapshot: &self.snapshot,
             surroundings: &self.surroundings,
         })
     }
+}
+
+/// The device of the first lane in [`World`].
+const OURS: LaneDevice = LaneDevice {
+    index: 7,
+    has_our_key: true,
+};
+const ENCRYPTED: Way = Way::Encrypted(Some(OURS.index));
+
+fn own_key(number: u8, epoch: u64) -> NodeKey {
+    NodeKey {
+        private: Arc::new(PrivateKey::from_bytes([9; 32])),
+        public: key(number),
+        epoch,
+        since: std::time::SystemTime::UNIX_EPOCH,
+    }
+}
+
+/// The first lane.
+fn tunnel(plan: &Plan) -> &shroud_tunnel::Desired {
+    &plan.tunnels[&Lane::ALL[0]]
 }
 
 fn shown(plan: &Plan) -> Vec<String> {

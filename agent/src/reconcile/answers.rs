@@ -8,26 +8,29 @@ use anyhow::Context as _;
 use shroud_ebpf::{Hook, Reason};
 use shroud_model::NodeName;
 use shroud_routing::path_mtu::PathMtu;
-use shroud_tunnel::{Backend, ObservedPeer};
-use tracing::{error, warn};
+use shroud_tunnel::{Device, ObservedPeer};
+use tracing::{error, info, warn};
 
-use super::{Pass, Reconciler, drop_line, remember};
-use crate::check::Check;
+use super::{Pass, Reconciler, drop_line, remember, rotation};
+use crate::check::{Check, Driver};
 use crate::cli::Source;
 use crate::config::GateMode;
 use crate::explain::{self, Knowledge, attached_at, place};
 use crate::metrics::{self, Sample, Seen};
+use crate::plan::lane::{Lane, Pair};
 use crate::plan::{Plan, PlannedPeer, opted_out};
 use crate::rates::verdict;
 use crate::readiness::{Expected, Readiness};
 use crate::serve::Request;
 use crate::status::{
-    EncryptionStatus, Explanation, GateCounters, GateStatus, OptOutStatus, PassStatus, PathStatus, PeerStatus,
-    RefusedStatus, RoutingStatus, Status, VERSION, Verdict,
+    DeviceStatus, EncryptionStatus, Explanation, GateCounters, GateStatus, OptOutStatus, PassStatus, PathStatus,
+    PeerStatus, RefusedStatus, RotationStatus, RoutingStatus, Status, VERSION, Verdict,
 };
 
 /// A peer that has not shaken hands for this long has no session (REJECT_AFTER_TIME, WireGuard whitepaper §6.1).
 const SESSION: Duration = Duration::from_secs(180);
+/// A change of key that takes longer than this needs a look.
+const ROTATION: Duration = Duration::from_secs(300);
 
 impl Reconciler {
     /// Answers a question of the status socket.
@@ -36,7 +39,7 @@ impl Reconciler {
             return match request {
                 // What is counted of the attempts is all there is to tell.
                 Request::Metrics => Ok(self.metrics(None).into()),
-                Request::Status | Request::Gate | Request::Readiness | Request::Explain { .. } => {
+                Request::Status | Request::Gate | Request::Readiness | Request::Rotate | Request::Explain { .. } => {
                     Err("the agent cannot look at this machine's network; its log says why".to_owned())
                 }
             };
@@ -46,6 +49,7 @@ impl Reconciler {
             Request::Gate => self.gate_counters(&last).map(serde_json::to_value),
             Request::Metrics => Ok(Ok(self.metrics(Some(&last)).into())),
             Request::Readiness => self.readiness(&last).map(serde_json::to_value),
+            Request::Rotate => self.rotate_now(&last).map(serde_json::to_value),
             Request::Explain { source, destination } => {
                 self.explain(&last, *source, *destination).map(serde_json::to_value)
             }
@@ -62,17 +66,53 @@ impl Reconciler {
     }
 
     fn status(&mut self, last: &Pass) -> anyhow::Result<Status> {
-        let tunnel = self.observe_tunnel()?;
-        self.status_with(last, &tunnel)
+        let tunnels = self.observe_tunnels(last)?;
+        self.status_with(last, &tunnels)
     }
 
-    fn observe_tunnel(&mut self) -> anyhow::Result<shroud_tunnel::Observed> {
-        self.tunnel
-            .observe(&self.config.encryption.device)
-            .context("read the tunnel")
+    fn observe_tunnels(&mut self, last: &Pass) -> anyhow::Result<Tunnels> {
+        let mut tunnels = Tunnels::new();
+        for (lane, desired) in &last.plan.tunnels {
+            let observed = self.tunnel.observe(&desired.device).context("read the tunnel")?;
+            tunnels.extend(observed.device.map(|device| (*lane, device)));
+        }
+        Ok(tunnels)
     }
 
-    fn status_with(&mut self, last: &Pass, tunnel: &shroud_tunnel::Observed) -> anyhow::Result<Status> {
+    /// Begins a change of key, if there is none yet, and says how it goes.
+    fn rotate_now(&mut self, last: &Pass) -> anyhow::Result<RotationStatus> {
+        let now = Instant::now();
+        if self.keys.next.is_none() {
+            if self.from_memory {
+                anyhow::bail!(
+                    "no new key is taken while the directory's source is silent: the peers would not hear of it"
+                );
+            }
+            if !rotation::may_begin(&self.keys, &last.plan, &last.surroundings) {
+                anyhow::bail!("the last change of key is not over yet; ask again in some seconds");
+            }
+            let change = self.begin_rotation(now)?;
+            info!(driver = Driver::Keys.name(), %change, "changed, as asked for");
+        }
+        self.rotation_status(last, now).context("there is no next key")
+    }
+
+    fn rotation_status(&self, last: &Pass, now: Instant) -> Option<RotationStatus> {
+        let next = self.keys.next.as_ref()?;
+        let progress = self
+            .rotation
+            .progress(&self.config, &self.keys, &last.plan, &last.surroundings, now);
+        Some(RotationStatus {
+            public_key: next.public,
+            fingerprint: next.public.fingerprint(),
+            seconds: progress.took.as_secs_f64(),
+            followed: progress.followed,
+            away: progress.away,
+            waiting: progress.waiting,
+        })
+    }
+
+    fn status_with(&mut self, last: &Pass, tunnels: &Tunnels) -> anyhow::Result<Status> {
         let attached = self.gate.observe().context("read the gate")?;
         self.rates.sample(
             Instant::now(),
@@ -85,14 +125,13 @@ impl Reconciler {
             .peers
             .iter()
             .map(|(name, planned)| {
-                peer_status(
-                    name,
-                    planned,
-                    observed_peer(tunnel, planned),
-                    planned.probe.and_then(|address| paths.get(&address)),
-                    &last.plan.tunnel.backend,
-                    !self.config.encryption.keepalive.is_zero(),
-                )
+                let device = planned.pair().lane.device(&self.config.encryption);
+                let keepalive = !self.config.encryption.keepalive.is_zero();
+                let path = planned.probe.and_then(|address| paths.get(&address));
+                PeerStatus {
+                    backend: self.backend().to_string(),
+                    ..peer_status(name, planned, tunnels, path, device, keepalive)
+                }
             })
             .collect();
         let refused = last.snapshot.refused.iter().map(|(name, refused)| RefusedStatus {
@@ -114,8 +153,8 @@ impl Reconciler {
             verdict: Verdict::Healthy,
             summary: String::new(),
             node: self.config.node.clone(),
-            public_key: self.key.public,
-            fingerprint: self.key.public.fingerprint(),
+            public_key: self.keys.current.public,
+            fingerprint: self.keys.current.public.fingerprint(),
             addresses: last.plan.addresses.iter().copied().collect(),
             pod_prefixes: last.snapshot.own.pod_prefixes.iter().copied().collect(),
             routing: RoutingStatus {
@@ -133,7 +172,9 @@ impl Reconciler {
                     .map_or_else(Clone::clone, |choice| choice.because.clone()),
                 device: self.config.encryption.device.clone(),
                 listen_port: self.config.encryption.listen_port,
+                devices: device_statuses(&last.plan),
             },
+            rotation: self.rotation_status(last, Instant::now()),
             gate: GateStatus {
                 mode: mode_name(self.config.gate.mode).to_owned(),
                 uplinks: attached_at(&attached, Hook::Egress)
@@ -176,7 +217,7 @@ impl Reconciler {
                 .plan
                 .peers
                 .get(&peer.node)
-                .is_some_and(|planned| planned.endpoint.is_some());
+                .is_some_and(|planned| planned.endpoint().is_some());
             // Without keepalive nobody shakes hands before there is something to say.
             keepalive
                 && reachable
@@ -185,7 +226,7 @@ impl Reconciler {
         };
         let expected = Expected {
             uplinks: &uplinks,
-            encrypts: last.surroundings.encryption_device.is_some(),
+            encrypts: last.encrypts(),
             awaited: &awaited,
         };
         Ok(Readiness::of(&status, expected))
@@ -194,9 +235,9 @@ impl Reconciler {
     /// The text for Prometheus; where this machine cannot be looked at, with what is known without.
     fn metrics(&mut self, last: Option<&Pass>) -> String {
         let look = last.map(|last| {
-            let tunnel = self.observe_tunnel()?;
-            let status = self.status_with(last, &tunnel)?;
-            anyhow::Ok((last, tunnel, status))
+            let tunnels = self.observe_tunnels(last)?;
+            let status = self.status_with(last, &tunnels)?;
+            anyhow::Ok((last, tunnels, status))
         });
         let look = look.and_then(|look| {
             look.inspect_err(|error| {
@@ -205,9 +246,9 @@ impl Reconciler {
             })
             .ok()
         });
-        let seen = look.as_ref().map(|(last, tunnel, status)| Seen {
+        let seen = look.as_ref().map(|(last, tunnels, status)| Seen {
             status,
-            handshakes: handshakes(last, tunnel),
+            handshakes: handshakes(last, tunnels),
             uplinks: &last.plan.gate.uplinks,
             counters: self.rates.counters(),
             names: self.names(last),
@@ -216,7 +257,7 @@ impl Reconciler {
         let (mesh, source) = (self.wiring.mesh.borrow(), self.wiring.source.borrow());
         metrics::render(&Sample {
             now: SystemTime::now(),
-            key_since: self.key.since,
+            key_since: self.keys.current.since,
             directory: &mesh.directory,
             source: &source,
             refused: mesh.snapshot.as_ref().map_or(&nobody, |snapshot| &snapshot.refused),
@@ -251,7 +292,7 @@ impl Reconciler {
 
     fn explain(&mut self, last: &Pass, source: Source, destination: IpAddr) -> anyhow::Result<Explanation> {
         let observed = self.gate.observe().context("read the gate")?;
-        let tunnel = self.observe_tunnel()?;
+        let tunnels = self.observe_tunnels(last)?;
         let (source, hop) = match source {
             Source::Address(address) => {
                 let own = place(&self.config, &last.snapshot, &last.surroundings, address).is_here();
@@ -278,7 +319,7 @@ impl Reconciler {
             surroundings: &last.surroundings,
             peers: &last.plan.peers,
             gate: &observed,
-            tunnel: tunnel.device.as_ref(),
+            tunnels: &tunnels,
             hop: &hop,
             now: SystemTime::now(),
         };
@@ -308,6 +349,19 @@ fn judge(status: &mut Status, plan: &Plan) {
             status.problems.push(Check::GateOff.says(says));
         }
         _ => {}
+    }
+    if let Some(rotation) = &status.rotation
+        && rotation.seconds > ROTATION.as_secs_f64()
+        && let Some(first) = rotation.waiting.first()
+    {
+        let more = match rotation.waiting.len() {
+            1 => String::new(),
+            count => format!(" and {} more", count - 1),
+        };
+        status.problems.push(Check::KeyRotationWaits.says(format!(
+            "the new key {} waits for {first}{more}: does its agent run, and hear of the directory?",
+            rotation.fingerprint
+        )));
     }
     for peer in &status.peers {
         let whom = format!("peer {}", peer.node);
@@ -369,27 +423,43 @@ fn by_configuration(plain_nodes: usize, opted_out: &[OptOutStatus]) -> String {
     text
 }
 
-/// A peer as it is on the encryption device.
-fn observed_peer<'a>(tunnel: &'a shroud_tunnel::Observed, planned: &PlannedPeer) -> Option<&'a ObservedPeer> {
-    tunnel.device.as_ref()?.peers.get(&planned.public_key)
+/// The encryption devices as they are.
+pub(super) type Tunnels = BTreeMap<Lane, Device>;
+
+/// A peer as it is on one of the encryption devices.
+fn observed_peer<'a>(tunnels: &'a Tunnels, pair: &Pair) -> Option<&'a ObservedPeer> {
+    tunnels.get(&pair.lane)?.peers.get(&pair.peer)
 }
 
 /// When each peer last shook hands; those that never did are not among them.
-fn handshakes<'a>(last: &'a Pass, tunnel: &shroud_tunnel::Observed) -> BTreeMap<&'a NodeName, SystemTime> {
+fn handshakes<'a>(last: &'a Pass, tunnels: &Tunnels) -> BTreeMap<&'a NodeName, SystemTime> {
     let peers = last.plan.peers.iter();
     peers
-        .filter_map(|(name, planned)| Some((name, observed_peer(tunnel, planned)?.last_handshake?)))
+        .filter_map(|(name, planned)| Some((name, observed_peer(tunnels, planned.pair())?.last_handshake?)))
         .collect()
+}
+
+fn device_statuses(plan: &Plan) -> Vec<DeviceStatus> {
+    let status = |(lane, tunnel): (&Lane, &shroud_tunnel::Desired)| DeviceStatus {
+        name: tunnel.device.clone(),
+        listen_port: tunnel.listen_port,
+        fingerprint: tunnel.public_key.fingerprint(),
+        peers: tunnel.peers.len(),
+        used_for: plan.peers.values().filter(|peer| peer.pair().lane == *lane).count(),
+    };
+    plan.tunnels.iter().map(status).collect()
 }
 
 fn peer_status(
     name: &NodeName,
     planned: &PlannedPeer,
-    seen: Option<&ObservedPeer>,
+    tunnels: &Tunnels,
     path: Option<&PathMtu>,
-    backend: &Backend,
+    device: String,
     keepalive: bool,
 ) -> PeerStatus {
+    let seen = observed_peer(tunnels, planned.pair());
+    let all = || planned.pairs.iter().filter_map(|pair| observed_peer(tunnels, pair));
     let age = seen
         .and_then(|peer| peer.last_handshake)
         .map(|at| SystemTime::now().duration_since(at).unwrap_or_default());
@@ -408,13 +478,14 @@ fn peer_status(
     }
     PeerStatus {
         node: name.clone(),
-        public_key: planned.public_key,
-        fingerprint: planned.public_key.fingerprint(),
-        backend: backend.to_string(),
-        endpoint: seen.and_then(|peer| peer.endpoint).or(planned.endpoint),
+        public_key: planned.pair().peer,
+        fingerprint: planned.pair().peer.fingerprint(),
+        backend: String::new(),
+        device,
+        endpoint: seen.and_then(|peer| peer.endpoint).or(planned.endpoint()),
         handshake_age_seconds: age.map(|age| age.as_secs_f64()),
-        rx_bytes: seen.map_or(0, |peer| peer.rx_bytes),
-        tx_bytes: seen.map_or(0, |peer| peer.tx_bytes),
+        rx_bytes: all().map(|peer| peer.rx_bytes).sum(),
+        tx_bytes: all().map(|peer| peer.tx_bytes).sum(),
         mode: planned
             .overlay
             .as_ref()

@@ -78,14 +78,13 @@ mod tests {
         };
         let in_force = Table {
             mode: Mode::Enforce,
-            encryption_device: None,
-            listen_port: 51820,
+            listen_ports: [51820].into(),
             tunnel_mark: Mark::new(1, 1).unwrap(),
             plain_mark: Mark::new(2, 2).unwrap(),
             protected: ["10.244.0.0/16".parse().unwrap()].into(),
             owners: [
                 ("10.244.1.0/24".parse().unwrap(), owner(1, Path::Local)),
-                ("10.244.2.0/24".parse().unwrap(), owner(2, Path::Encrypted)),
+                ("10.244.2.0/24".parse().unwrap(), owner(2, Path::Encrypted(None))),
             ]
             .into(),
             nodes: [].into(),

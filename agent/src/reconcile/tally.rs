@@ -72,7 +72,8 @@ mod tests {
                 ("tunnel", 0),
                 ("overlay", 0),
                 ("routing", 2),
-                ("cni", 0)
+                ("cni", 0),
+                ("keys", 0)
             ]
         );
         assert_eq!(
@@ -83,7 +84,8 @@ mod tests {
                 ("tunnel", 0),
                 ("overlay", 0),
                 ("routing", 2),
-                ("cni", 0)
+                ("cni", 0),
+                ("keys", 0)
             ]
         );
         assert_eq!(

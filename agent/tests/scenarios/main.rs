@@ -32,5 +32,6 @@ mod pair;
 mod plugin;
 mod reconcile;
 mod refused;
+mod rotation;
 mod secrets;
 mod socket;

@@ -247,9 +247,9 @@ fn protect(settings: &Settings, destination: &Entry, arrives: bool) -> Verdict {
         PATH_NONE => Verdict::refuse(settings, Reason::UnknownNode, node),
         PATH_LOCAL => Verdict::refuse(settings, Reason::Local, node),
         PATH_ENCRYPTED if !arrives => Verdict::refuse(settings, Reason::Overlay, node),
-        PATH_ENCRYPTED if settings.encryption_device == 0 => Verdict::refuse(settings, Reason::NoDevice, node),
+        PATH_ENCRYPTED if destination.device == 0 => Verdict::refuse(settings, Reason::NoDevice, node),
         PATH_ENCRYPTED => Verdict {
-            action: Action::Redirect(settings.encryption_device),
+            action: Action::Redirect(destination.device),
             reason: Reason::Encrypted,
             node,
             audited: false,
@@ -444,12 +444,12 @@ fn has_open_port(flow: &Flow, settings: &Settings) -> bool {
 
 #[inline(always)]
 fn leaves_the_tunnel(flow: &Flow, settings: &Settings) -> bool {
-    flow.is_udp() && flow.source_port == settings.listen_port
+    flow.is_udp() && settings.is_listen_port(flow.source_port)
 }
 
 #[inline(always)]
 fn enters_the_tunnel(flow: &Flow, settings: &Settings) -> bool {
-    flow.is_udp() && flow.destination_port == settings.listen_port
+    flow.is_udp() && settings.is_listen_port(flow.destination_port)
 }
 
 /// Whether this is, or could be, an overlay packet with something inside that we cannot read.

@@ -6,7 +6,7 @@
 use crate::packet::{Address, Direction, Family};
 
 /// The version of everything in this file; part of the pin path.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Mode: protected traffic without an encrypted path is dropped. Any number that is not listed here means the same.
 pub const MODE_ENFORCE: u32 = 1;
@@ -19,12 +19,15 @@ pub const MODE_OFF: u32 = 3;
 pub const PATH_NONE: u8 = 0;
 /// Path: pods of this node.
 pub const PATH_LOCAL: u8 = 1;
-/// Path: through the encryption device.
+/// Path: through the encryption device of the entry.
 pub const PATH_ENCRYPTED: u8 = 2;
 /// Path: known, but not to be reached. Any number that is not listed here means the same.
 pub const PATH_FENCED: u8 = 3;
 /// Path: in the clear both ways, because cluster configuration does not want it encrypted.
 pub const PATH_PLAIN: u8 = 4;
+
+/// How many UDP ports of the tunnel the settings hold.
+pub const LISTEN_PORTS: usize = 4;
 
 /// How many overlay ports of each kind the settings hold.
 pub const PORTS: usize = 4;
@@ -72,8 +75,6 @@ pub struct Settings {
     pub version: u32,
     /// One of the `MODE_` numbers.
     pub mode: u32,
-    /// The encryption device's interface index, 0 for none.
-    pub encryption_device: u32,
     /// The bits of the tunnel mark.
     pub tunnel_mark: u32,
     /// Which bits the tunnel mark may use; 0 for no mark.
@@ -86,10 +87,8 @@ pub struct Settings {
     pub overlay: u32,
     /// Ports of traffic between nodes that stays in the clear, as [`open_port`] makes them; 0 for none.
     pub open_ports: [u32; OPEN_PORTS],
-    /// The tunnel's UDP port, network order.
-    pub listen_port: [u8; 2],
-    /// Not used, zero.
-    pub reserved: [u8; 2],
+    /// The tunnel's UDP ports on this node, network order, zero for none.
+    pub listen_ports: [[u8; 2]; LISTEN_PORTS],
     /// UDP destination ports that carry VXLAN, network order, zero for none.
     pub vxlan_ports: [[u8; 2]; PORTS],
     /// UDP destination ports that carry Geneve, network order, zero for none.
@@ -101,6 +100,12 @@ impl Settings {
     #[inline(always)]
     pub fn has_overlay(&self) -> bool {
         self.vxlan_ports[0] != [0, 0] || self.geneve_ports[0] != [0, 0]
+    }
+
+    /// Whether a UDP port of this node is the tunnel's.
+    #[inline(always)]
+    pub fn is_listen_port(&self, port: [u8; 2]) -> bool {
+        port != [0, 0] && self.listen_ports.contains(&port)
     }
 
     /// Whether an overlay packet with this VNI is of the overlay that is ours.
@@ -160,7 +165,9 @@ pub struct Entry {
     /// Bits of [`flag`].
     pub flags: u8,
     /// Not used, zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 2],
+    /// With [`PATH_ENCRYPTED`], the encryption device's interface index, 0 while there is none.
+    pub device: u32,
 }
 
 impl Entry {
@@ -252,14 +259,13 @@ pub struct DropEvent {
 
 impl Settings {
     /// How many numbers of four bytes stand before the ports.
-    const WORDS: usize = 8 + OPEN_PORTS;
+    const WORDS: usize = 7 + OPEN_PORTS;
 
     /// As the kernel stores it.
     pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
         let words = [
             self.version,
             self.mode,
-            self.encryption_device,
             self.tunnel_mark,
             self.tunnel_mask,
             self.plain_mark,
@@ -272,7 +278,8 @@ impl Settings {
         for (to, word) in numbers.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *to = word.to_ne_bytes();
         }
-        let all = [self.listen_port, self.reserved]
+        let all = self
+            .listen_ports
             .into_iter()
             .chain(self.vxlan_ports)
             .chain(self.geneve_ports);
@@ -289,17 +296,15 @@ impl Settings {
         Self {
             version: word(0),
             mode: word(1),
-            encryption_device: word(2),
-            tunnel_mark: word(3),
-            tunnel_mask: word(4),
-            plain_mark: word(5),
-            plain_mask: word(6),
-            overlay: word(7),
-            open_ports: core::array::from_fn(|index| word(8 + index)),
-            listen_port: port(0),
-            reserved: port(1),
-            vxlan_ports: core::array::from_fn(|index| port(2 + index)),
-            geneve_ports: core::array::from_fn(|index| port(2 + PORTS + index)),
+            tunnel_mark: word(2),
+            tunnel_mask: word(3),
+            plain_mark: word(4),
+            plain_mask: word(5),
+            overlay: word(6),
+            open_ports: core::array::from_fn(|index| word(7 + index)),
+            listen_ports: core::array::from_fn(port),
+            vxlan_ports: core::array::from_fn(|index| port(LISTEN_PORTS + index)),
+            geneve_ports: core::array::from_fn(|index| port(LISTEN_PORTS + PORTS + index)),
         }
     }
 }
@@ -332,6 +337,7 @@ impl Entry {
         bytes[..8].copy_from_slice(&self.node.to_ne_bytes());
         bytes[8] = self.path;
         bytes[9] = self.flags;
+        bytes[12..].copy_from_slice(&self.device.to_ne_bytes());
         bytes
     }
 
@@ -342,6 +348,7 @@ impl Entry {
             path: bytes[8],
             flags: bytes[9],
             reserved: part(bytes, 10),
+            device: u32::from_ne_bytes(part(bytes, 12)),
         }
     }
 }
@@ -429,7 +436,7 @@ impl Direction {
 
 // A hole would be uninitialised memory in a map key, which the kernel's verifier refuses or, worse, compares.
 const _: () = {
-    assert!(size_of::<Settings>() == 4 * (8 + OPEN_PORTS) + 4 + 2 * 2 * PORTS);
+    assert!(size_of::<Settings>() == 4 * (7 + OPEN_PORTS) + 2 * (LISTEN_PORTS + 2 * PORTS));
     assert!(size_of::<PrefixKey>() == 20);
     assert!(size_of::<Entry>() == 16);
     assert!(size_of::<CounterKey>() == 16);

@@ -18,8 +18,8 @@ mod packet;
 
 pub use decide::{Action, Lookup, Reason, Verdict, decrypted, egress, ingress, pod_mark};
 pub use layout::{
-    Count, CounterKey, DropEvent, Entry, LAYOUT_VERSION, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, NO_OVERLAY, OPEN_PORTS,
-    PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, PORTS, PREFIX_KEY_BITS, PrefixKey, Settings, flag,
-    open_port,
+    Count, CounterKey, DropEvent, Entry, LAYOUT_VERSION, LISTEN_PORTS, MODE_AUDIT, MODE_ENFORCE, MODE_OFF, NO_OVERLAY,
+    OPEN_PORTS, PATH_ENCRYPTED, PATH_FENCED, PATH_LOCAL, PATH_NONE, PATH_PLAIN, PORTS, PREFIX_KEY_BITS, PrefixKey,
+    Settings, flag, open_port,
 };
 pub use packet::{Address, Bytes, Direction, Family, Flow, LONGEST_READ, Link, Packet, Shape, Upper, ip};

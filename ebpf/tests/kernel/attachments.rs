@@ -64,7 +64,7 @@ fn another_build_is_replaced_in_place_and_keeps_its_tables_and_counters() {
         let world = World::new();
         reconcile(&mut world.open(attach), &desired());
         let before = world.program_ids();
-        let programs = world.pins.0.join("v2/programs");
+        let programs = world.pins.0.join("v3/programs");
         let build = fs::read_dir(&programs).unwrap().next().unwrap().unwrap().path();
         fs::rename(&build, programs.join("0123456789abcdef")).unwrap();
 
@@ -129,7 +129,7 @@ fn what_somebody_detached_is_attached_again() {
     let world = World::new();
     let mut gate = world.open(Attach::Tcx);
     reconcile(&mut gate, &desired());
-    for link in fs::read_dir(world.pins.0.join("v2/links")).unwrap() {
+    for link in fs::read_dir(world.pins.0.join("v3/links")).unwrap() {
         let link = link.unwrap().path();
         if link.to_str().unwrap().ends_with("-egress") {
             fs::remove_file(link).unwrap();
@@ -150,7 +150,7 @@ fn a_link_that_was_detached_by_force_is_seen_as_missing() {
     let world = World::new();
     let mut gate = world.open(Attach::Tcx);
     reconcile(&mut gate, &desired());
-    let links = fs::read_dir(world.pins.0.join("v2/links"))
+    let links = fs::read_dir(world.pins.0.join("v3/links"))
         .unwrap()
         .map(|link| link.unwrap().path());
     let egress = links
@@ -209,7 +209,7 @@ fn a_table_that_somebody_changed_is_replaced() {
     let world = World::new();
     let mut gate = world.open(Attach::Auto);
     reconcile(&mut gate, &desired());
-    let settings = world.pins.0.join("v2/maps/SETTINGS");
+    let settings = world.pins.0.join("v3/maps/SETTINGS");
 
     // The generation in force is number 1: the first table went there.
     let mut value = vec![
@@ -281,7 +281,7 @@ fn another_layout_is_let_go_after_this_one_hangs() {
         let world = World::new();
         reconcile(&mut world.open(attach), &desired());
         let before = world.program_ids();
-        fs::rename(world.pins.0.join("v2"), world.pins.0.join("v1")).unwrap();
+        fs::rename(world.pins.0.join("v3"), world.pins.0.join("v1")).unwrap();
         fs::create_dir(world.pins.0.join("notes")).unwrap();
 
         let mut gate = world.open(attach);
@@ -308,7 +308,7 @@ fn the_encryption_device_has_a_gate_while_it_is_named() {
         let by = if attach == Attach::Tcx { "tcx" } else { "clsact" };
         run(&["ip", "tuntap", "add", "shroud0", "mode", "tun"]);
         let with = Desired {
-            encryption: Some("shroud0".to_owned()),
+            encryption: ["shroud0".to_owned()].into(),
             ..desired()
         };
         let mut gate = world.open(attach);
@@ -498,7 +498,7 @@ fn desired() -> Desired {
     Desired {
         uplinks: ["eth0".to_owned()].into(),
         pod_devices: ["pod0".to_owned()].into(),
-        encryption: None,
+        encryption: [].into(),
         table: table(Mode::Enforce),
     }
 }
@@ -599,7 +599,7 @@ impl Foreign {
     fn new() -> Self {
         let pins = PinDirectory::new();
         drop(Gate::open(&pins.options(Attach::Auto)).unwrap());
-        let build = fs::read_dir(pins.0.join("v2/programs"))
+        let build = fs::read_dir(pins.0.join("v3/programs"))
             .unwrap()
             .next()
             .unwrap()

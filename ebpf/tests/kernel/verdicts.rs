@@ -8,7 +8,7 @@ use shroud_ebpf::{Attach, Change, Direction, Gate, Mode, Reason, Table};
 use crate::cases::{Fate, MASK, PLAIN, TUNNEL, cases};
 use crate::namespace::{Namespace, PinDirectory};
 use crate::packet::{echo, ethernet, frame};
-use crate::tables::table;
+use crate::tables::{table, table_with};
 
 /// `TC_ACT_UNSPEC`, `TC_ACT_SHOT`, `TC_ACT_REDIRECT` of `include/uapi/linux/pkt_cls.h`.
 const GO_ON: i32 = -1;
@@ -164,10 +164,7 @@ fn off_lets_everything_pass() {
 
 #[test]
 fn without_an_encryption_device_nothing_is_sent() {
-    let mut loaded = Loaded::new(Table {
-        encryption_device: None,
-        ..table(Mode::Enforce)
-    });
+    let mut loaded = Loaded::new(table_with(Mode::Enforce, None));
 
     let (code, _) = loaded.run("shroud_egress", &ethernet(&echo("10.244.1.2", "10.244.2.2")), 0);
 
@@ -281,7 +278,7 @@ impl Loaded {
     }
 
     fn path(&self, program: &str) -> String {
-        let programs = self.pins.0.join("v2/programs");
+        let programs = self.pins.0.join("v3/programs");
         let build = std::fs::read_dir(programs).unwrap().next().unwrap().unwrap().path();
         build.join(program).to_str().unwrap().to_owned()
     }

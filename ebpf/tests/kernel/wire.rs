@@ -18,13 +18,13 @@ use std::thread;
 use rustix::fs::{Mode as FileMode, OFlags};
 use rustix::ioctl;
 use rustix::net::sockopt::Ipv4PathMtuDiscovery;
-use shroud_ebpf::{Attach, Desired, Gate, Mode, Node, NodePath, Reason, Table};
+use shroud_ebpf::{Attach, Desired, Gate, Mode, Node, NodePath, Path, Reason};
 use shroud_model::NodeId;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::namespace::{Namespace, PinDirectory, enter, eventually, reconcile, run};
 use crate::packet::{VNI, ethernet, udp, vxlan_of};
-use crate::tables::{prefix, table};
+use crate::tables::{prefix, table_with};
 
 const MARKER: &[u8] = b"cleartext-marker-7f3a";
 
@@ -52,6 +52,34 @@ fn a_protected_packet_arrives_in_the_encryption_device_and_not_on_the_wire() {
             );
             assert_eq!(world.counted(Reason::Encrypted), 1);
         }
+    }
+}
+
+/// As when a peer takes a new key: its traffic moves to another encryption device, and that of others stays.
+#[test]
+fn a_peer_moves_from_one_encryption_device_to_another_and_nobody_else_does() {
+    for attach in crate::every_means() {
+        let mut world = World::new(attach);
+        let mut second = Tun::open("shroud0-1");
+        run(&["ip", "link", "set", "shroud0-1", "up"]);
+        world.reconcile(Mode::Enforce);
+        world.send("10.244.2.2");
+        eventually("the packet in the first TUN", || world.tun.next());
+
+        let owners = &mut world.desired.table.owners;
+        owners.get_mut(&prefix("10.244.2.0/24")).unwrap().path = Path::Encrypted(Some(index("shroud0-1")));
+        world.reconcile(Mode::Enforce);
+        world.send("10.244.2.2");
+        world.send("fd00:10:244:2::2");
+
+        let packet = eventually("the packet in the second TUN", || second.next());
+        assert_eq!(packet[0] >> 4, 4, "{attach:?}");
+        let packet = eventually("the packet in the first TUN", || world.tun.next());
+        assert_eq!(packet[0] >> 4, 6, "{attach:?}");
+        assert!(second.next().is_err() && world.tun.next().is_err(), "{attach:?}");
+        world.send_unprotected();
+        let seen = world.capture_until_unprotected();
+        assert!(!seen.iter().any(|frame| contains(frame)), "{attach:?}: in the clear");
     }
 }
 
@@ -221,7 +249,10 @@ fn a_protected_node_is_reached_through_the_tunnel_but_for_its_open_ports() {
         let mut world = World::new(attach);
         let nodes = &mut world.desired.table.nodes;
         nodes.insert("192.0.2.1".parse().unwrap(), node(1, NodePath::LocalProtected));
-        nodes.insert("192.0.2.2".parse().unwrap(), node(2, NodePath::Encrypted));
+        nodes.insert(
+            "192.0.2.2".parse().unwrap(),
+            node(2, NodePath::Encrypted(Some(world.device))),
+        );
         world.reconcile(Mode::Enforce);
         let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
 
@@ -258,7 +289,7 @@ fn out_of_the_tunnel_comes_no_overlay_packet_with_anothers_source() {
             (Mode::Audit, "10.244.3.2", true),
         ] {
             let mut world = World::new(attach);
-            world.desired.encryption = Some("shroud0".to_owned());
+            world.desired.encryption = ["shroud0".to_owned()].into();
             world.reconcile(mode);
             for device in ["all", "shroud0"] {
                 run(&["sysctl", "-qw", &format!("net.ipv4.conf.{device}.rp_filter=0")]);
@@ -354,6 +385,7 @@ struct World {
     gate: Gate,
     desired: Desired,
     tun: Tun,
+    device: u32,
     capture: Socket,
     node: Namespace,
     wire: Namespace,
@@ -456,23 +488,18 @@ impl World {
 
         let pins = PinDirectory::new();
         let gate = Gate::open(&pins.options(attach)).unwrap();
-        // The question is answered for the namespace in which the socket was made.
-        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
-        let encryption_device = Some(rustix::net::netdevice::name_to_index(&socket, "shroud0").unwrap());
-        let table = Table {
-            encryption_device,
-            ..table(Mode::Enforce)
-        };
+        let device = index("shroud0");
         let desired = Desired {
             uplinks: ["eth0".to_owned()].into(),
             pod_devices: [].into(),
-            encryption: None,
-            table,
+            encryption: [].into(),
+            table: table_with(Mode::Enforce, Some(device)),
         };
         Self {
             gate,
             desired,
             tun,
+            device,
             capture,
             node,
             wire,
@@ -550,6 +577,13 @@ fn initialized(byte: MaybeUninit<u8>) -> u8 {
 }
 
 /// A TUN device without packet information; gone when dropped.
+/// The number of a device in this thread's network namespace.
+fn index(device: &str) -> u32 {
+    // The question is answered for the namespace in which the socket was made.
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+    rustix::net::netdevice::name_to_index(&socket, device).unwrap()
+}
+
 struct Tun {
     file: File,
 }

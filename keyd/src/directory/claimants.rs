@@ -44,6 +44,12 @@ impl<K: Ord + Copy> Claimants<K> {
         self.0.range(first..).map(|(what, nodes)| (*what, nodes.as_slice()))
     }
 
+    /// Every claim.
+    pub(super) fn all(&self) -> impl Iterator<Item = (K, &NodeName)> {
+        let claims = self.0.iter();
+        claims.flat_map(|(what, nodes)| nodes.iter().map(|node| (*what, node)))
+    }
+
     /// What several nodes claim.
     pub(super) fn contested(&self) -> impl Iterator<Item = (K, &[NodeName])> {
         let claims = self.0.iter().map(|(what, nodes)| (*what, nodes.as_slice()));

@@ -20,6 +20,7 @@ use crate::{Excerpt, OptOuts, Unreadable};
 #[derive(Default)]
 pub(super) struct Claimed {
     keys: Claimants<PublicKey>,
+    next_keys: Claimants<PublicKey>,
     prefixes: Ranges,
     addresses: Claimants<IpAddr>,
 }
@@ -45,6 +46,9 @@ impl Directory {
     pub(super) fn claim(&mut self, node: &NodeName, claims: Claims) {
         if let Ok(announcement) = &claims.announcement {
             self.claimed.keys.insert(announcement.public_key, node);
+            if let Some(next) = announcement.next_key {
+                self.claimed.next_keys.insert(next.public_key, node);
+            }
         }
         for prefix in &claims.prefixes {
             self.claimed.prefixes.insert(*prefix, node);
@@ -62,6 +66,9 @@ impl Directory {
     pub(super) fn unclaim(&mut self, node: &NodeName, claims: &Claims) {
         if let Ok(announcement) = &claims.announcement {
             self.claimed.keys.remove(announcement.public_key, node);
+            if let Some(next) = announcement.next_key {
+                self.claimed.next_keys.remove(next.public_key, node);
+            }
         }
         for prefix in &claims.prefixes {
             self.claimed.prefixes.remove(*prefix, node);
@@ -75,8 +82,13 @@ impl Directory {
     }
 
     fn unsettle(&mut self, node: &NodeName, claims: &Claims) {
-        let key = claims.announcement.as_ref().map(|announcement| announcement.public_key);
-        self.unsettled.keys.extend(key.ok());
+        if let Ok(announcement) = &claims.announcement {
+            self.unsettled.keys.insert(announcement.public_key);
+            self.unsettled
+                .keys
+                .extend(announcement.next_key.map(|next| next.public_key));
+        }
+        self.unsettled.keys.extend(self.next_keys.get(node));
         self.unsettled.prefixes.extend(&claims.prefixes);
         self.unsettled.addresses.extend(&claims.addresses);
         self.concerned.insert(node.clone());
@@ -100,22 +112,60 @@ impl Directory {
         }
     }
 
-    /// Gives each key that exactly one node claims to that node, unless somebody holds it.
+    /// Gives each key that exactly one node claims to that node, unless somebody holds it. A claim on a key to come counts for nothing beside one
+    /// on a key in force, or it would cost others more than whoever makes it.
     fn settle_keys(&mut self, mut open: BTreeSet<PublicKey>) {
         while let Some(key) = open.pop_first() {
-            let claimants = self.claimed.keys.of(key);
-            self.concerned.extend(claimants.iter().cloned());
-            let [sole] = claimants else { continue };
-            if key == self.local.public_key || self.holders.contains_key(&key) {
+            let in_force = self.claimed.keys.of(key).to_vec();
+            let to_come = self.claimed.next_keys.of(key).to_vec();
+            self.concerned.extend(in_force.iter().chain(&to_come).cloned());
+            if let Some(holder) = self.holders.get(&key).cloned() {
+                if self.next_keys.get(&holder) != Some(&key) || to_come.contains(&holder) {
+                    continue;
+                }
+                if in_force.contains(&holder) {
+                    self.next_keys.remove(&holder);
+                    open.extend(self.put_in_force(&holder, key));
+                    continue;
+                }
+                if !self.announces(&holder) {
+                    continue;
+                }
+                // It has thought better of it.
+                self.next_keys.remove(&holder);
+                self.holders.remove(&key);
+            }
+            if self.local.keys.contains(key) {
                 continue;
             }
-            self.holders.insert(key, sole.clone());
-            // A node that takes a new key sets its old one free, which may serve another claimer.
-            if let Some(old) = self.keys.insert(sole.clone(), key) {
-                self.holders.remove(&old);
-                open.insert(old);
+            match (in_force.as_slice(), to_come.as_slice()) {
+                ([sole], _) => {
+                    self.holders.insert(key, sole.clone());
+                    open.extend(self.put_in_force(sole, key));
+                }
+                ([], [sole]) => {
+                    self.holders.insert(key, sole.clone());
+                    let free = match self.next_keys.insert(sole.clone(), key) {
+                        Some(old) if self.claimed.keys.of(old).contains(sole) => self.put_in_force(sole, old),
+                        old => old.filter(|old| self.holders.remove(old).is_some()),
+                    };
+                    open.extend(free);
+                }
+                _ => {}
             }
         }
+    }
+
+    /// A node that takes a new key sets its old one free, which may serve another claimer.
+    fn put_in_force(&mut self, node: &NodeName, key: PublicKey) -> Option<PublicKey> {
+        let old = self.keys.insert(node.clone(), key)?;
+        self.holders.remove(&old).map(|_| old)
+    }
+
+    /// Whether a node's announcement is believed as far as it stands by itself.
+    fn announces(&self, node: &NodeName) -> bool {
+        let entry = self.entries.get(node);
+        entry.is_some_and(|entry| entry.claims(&self.protected).announcement.is_ok())
     }
 
     /// Gives each prefix that no other node claims a part of to its node.
@@ -265,7 +315,9 @@ impl Directory {
             ..
         } = entry.claims(&self.protected);
         let key = announcement.as_ref().ok().map(|announced| announced.public_key);
-        let denied = self.denial(node, key).map(|(what, remark)| Reason::Denied {
+        let next = announcement.as_ref().ok().and_then(|announced| announced.next_key);
+        let keys = key.into_iter().chain(next.map(|next| next.public_key));
+        let denied = self.denial(node, keys).map(|(what, remark)| Reason::Denied {
             what,
             remark: Excerpt::of(remark),
         });
@@ -281,8 +333,11 @@ impl Directory {
         let pod_prefixes = prefixes.into_iter().filter(is_held).collect();
         addresses.retain(|address| self.addresses.get(address) == Some(node));
         match announcement {
-            Ok(announcement) if against.is_empty() => {
+            Ok(mut announcement) if against.is_empty() => {
                 let zone = entry.record.zone.clone();
+                announcement
+                    .next_key
+                    .take_if(|next| self.next_keys.get(node) != Some(&next.public_key));
                 Standing::Peer(peer(announcement, pod_prefixes, addresses, zone))
             }
             Ok(_) | Err(_) => {
@@ -322,7 +377,7 @@ impl Directory {
                 key,
                 holder: holder.clone(),
             }),
-            None if key == self.local.public_key => Some(Reason::OwnKey),
+            None if self.local.keys.contains(key) => Some(Reason::OwnKey),
             None => {
                 let rival = self.claimed.keys.other(key, node).unwrap_or(node).clone();
                 Some(Reason::KeyContested { key, rival })
@@ -376,7 +431,15 @@ impl Directory {
                 holder,
             }
         });
-        let mut problems: BTreeSet<Problem> = of_records.chain(contested).chain(doubtful).collect();
+        let lost_next = self.claimed.next_keys.all().filter_map(|(key, node)| {
+            let holder = self.holders.get(&key);
+            (holder != Some(node)).then(|| Problem::NextKey {
+                node: node.clone(),
+                key,
+                holder: holder.cloned(),
+            })
+        });
+        let mut problems: BTreeSet<Problem> = of_records.chain(contested).chain(lost_next).chain(doubtful).collect();
         for Unreadable { node, reason } in &self.unreadable {
             problems.insert(Problem::Unreadable {
                 node: node.clone(),
@@ -395,7 +458,7 @@ impl Directory {
         if self.origin == Some(Origin::Source) {
             problems.extend(self.own_problems());
         }
-        let denied = self.denial(&self.local.node, Some(self.local.public_key));
+        let denied = self.denial(&self.local.node, self.local.keys.iter());
         problems.extend(denied.map(|(what, _)| Problem::LocalDenied(what)));
         problems.into_iter().collect()
     }

@@ -159,7 +159,7 @@ mod tests {
     use shroud_model::PublicKey;
 
     use super::*;
-    use crate::{Announcement, Directory, Local, Record};
+    use crate::{Announcement, Directory, Local, PublicKeys, Record};
 
     fn name(text: &str) -> NodeName {
         text.parse().unwrap()
@@ -204,7 +204,7 @@ mod tests {
         };
         let local = Local {
             node: name(&format!("n{own}")),
-            public_key: PublicKey::from_bytes([3; 32]).unwrap(),
+            keys: PublicKeys::only(PublicKey::from_bytes([3; 32]).unwrap(), 1),
             pod_prefixes: Some(BTreeSet::new()),
         };
         let mut directory = Directory::new(local, BTreeSet::new());

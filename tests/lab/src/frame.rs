@@ -59,10 +59,10 @@ pub enum Detail {
 }
 
 impl Allowed {
-    /// Only WireGuard on this port, with nothing of `protected` as outer address.
+    /// Only WireGuard on this port and the three behind it, which are in use while keys change, with nothing of `protected` as outer address.
     pub fn wireguard(listen_port: u16, protected: Vec<IpNet>) -> Allowed {
         Allowed {
-            listen_ports: [listen_port].into(),
+            listen_ports: (listen_port..=listen_port + 3).collect(),
             protected,
             declared: Vec::new(),
         }

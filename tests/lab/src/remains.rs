@@ -88,7 +88,7 @@ pub fn remove_everything() -> Vec<String> {
     };
     let mut errors = remove_namespaces(&Vec::from_iter(namespaces));
     for device in devices {
-        errors.extend(remove_socket(&device));
+        errors.extend(remove_sockets(&device));
     }
     for folder in folders {
         errors.extend(remove_folder(&folder));
@@ -114,7 +114,7 @@ pub fn sweep() -> Vec<String> {
         };
         if dead(rest) {
             for device in fs::read_to_string(path.join("devices")).unwrap_or_default().lines() {
-                errors.extend(remove_socket(device));
+                errors.extend(remove_sockets(device));
             }
             errors.extend(remove_folder(&path));
         }
@@ -180,14 +180,20 @@ pub(crate) fn processes_in(inodes: &[u64]) -> Vec<u32> {
         .collect()
 }
 
-/// Removes the control socket of a userspace WireGuard device.
-pub(crate) fn remove_socket(device: &str) -> Option<String> {
+/// Removes the control sockets of a userspace WireGuard device and of those beside it.
+pub(crate) fn remove_sockets(device: &str) -> Vec<String> {
     remains().devices.remove(device);
-    let path = Path::new(WIREGUARD_SOCKETS).join(format!("{device}.sock"));
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Some(format!("remove {}: {error}", path.display())),
-        _ => None,
-    }
+    let names = ["", "-1", "-2", "-3"].map(|lane| format!("{device}{lane}.sock"));
+    let remove = |name: String| {
+        let path = Path::new(WIREGUARD_SOCKETS).join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Some(format!("remove {}: {error}", path.display()))
+            }
+            _ => None,
+        }
+    };
+    names.into_iter().filter_map(remove).collect()
 }
 
 /// Unmounts the BPF file system of a lab folder, then removes the folder.

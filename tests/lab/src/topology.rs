@@ -124,7 +124,8 @@ pub struct Node {
     pub underlay_families: Families,
     /// The families its pods have.
     pub pod_families: Families,
-    /// The encryption device its agent shall make; unique on the machine, for its control socket lives in a shared folder.
+    /// The encryption device its agent shall make; unique on the machine, for its control socket lives in a shared folder. There may be more
+    /// while keys change, whose names have something behind this one.
     pub device: String,
     /// Folder for its state, runtime files, configuration and log.
     pub folder: PathBuf,
@@ -314,7 +315,11 @@ impl Lab {
             prefix6: Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x244, index.into(), 0, 0, 0, 0), 64),
             underlay_families: self.underlay_families,
             pod_families: self.pod_families,
-            device: format!("shroud{}-{}{name}", base36(std::process::id()), self.number % 100),
+            device: format!(
+                "shroud{:0>3}{}{name}",
+                base36(std::process::id() % 46_656),
+                base36(self.number % 36)
+            ),
             folder: self.folder.join(&name),
             pins: self.bpf().join(&name),
             directory: self.directory(),
@@ -520,7 +525,7 @@ impl Lab {
             .collect();
         let mut errors = remains::remove_namespaces(&names);
         for node in &self.nodes {
-            errors.extend(remains::remove_socket(&node.device));
+            errors.extend(remains::remove_sockets(&node.device));
         }
         errors.extend(remains::remove_folder(&self.folder));
         errors

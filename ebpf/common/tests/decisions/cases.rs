@@ -24,6 +24,8 @@ use crate::packet::{
 
 /// The tunnel's port in every case.
 pub(crate) const LISTEN_PORT: u16 = 51820;
+/// The port of the tunnel's second encryption device in every case.
+pub(crate) const OTHER_LISTEN_PORT: u16 = 51822;
 /// The encryption device's index in every case.
 pub(crate) const DEVICE: u32 = 7;
 /// The tunnel mark's bits in mask [`MASK`].
@@ -226,6 +228,20 @@ pub(crate) fn cases() -> Vec<Case> {
             udp("192.0.2.1", "192.0.2.2", (LISTEN_PORT, 9), b"x"),
             Pass(Tunnel),
             0,
+        ),
+        marked(
+            "the tunnel's second device",
+            TUNNEL,
+            udp("192.0.2.1", "192.0.2.2", (OTHER_LISTEN_PORT, 9), b"x"),
+            Pass(Tunnel),
+            0,
+        ),
+        marked(
+            "tunnel mark, no port",
+            TUNNEL,
+            udp("203.0.113.1", "203.0.113.2", (0, LISTEN_PORT), b"x"),
+            Redirect,
+            2,
         ),
         marked(
             "tunnel mark, other port",
@@ -879,6 +895,18 @@ pub(crate) fn cases() -> Vec<Case> {
             udp("192.0.2.2", "192.0.2.1", (9, LISTEN_PORT), b"x"),
             Pass(Tunnel),
             0,
+        ),
+        into(
+            "the tunnel's second device",
+            udp("203.0.113.2", "203.0.113.1", (9, OTHER_LISTEN_PORT), b"x"),
+            Pass(Tunnel),
+            0,
+        ),
+        into(
+            "to no port, with a tunnel that has less devices than it may",
+            udp("203.0.113.2", "203.0.113.1", (9, 0), b"x"),
+            Drop(ClearText),
+            2,
         ),
         into(
             "to the tunnel's port from a pod",

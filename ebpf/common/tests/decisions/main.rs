@@ -8,7 +8,7 @@ mod packet;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use cases::{Case, DEVICE, Fate, LISTEN_PORT, MASK, PLAIN, TUNNEL, cases};
+use cases::{Case, DEVICE, Fate, LISTEN_PORT, MASK, OTHER_LISTEN_PORT, PLAIN, TUNNEL, cases};
 use packet::{VNI, echo, ethernet, geneve_of, udp, vxlan_of};
 use proptest::prelude::*;
 use shroud_gate::{
@@ -79,7 +79,10 @@ fn off_lets_everything_pass_and_counts_what_is_protected() {
 #[test]
 fn without_an_encryption_device_protected_traffic_is_dropped() {
     let mut maps = Maps::new(MODE_ENFORCE);
-    maps.settings.encryption_device = 0;
+    maps.entries
+        .get_mut(&("10.244.2.0".parse().unwrap(), 24))
+        .unwrap()
+        .device = 0;
 
     let verdict = egress(&parse(&ethernet(&echo("10.244.1.2", "10.244.2.2")), &maps), 0, &maps);
 
@@ -91,6 +94,22 @@ fn without_an_encryption_device_protected_traffic_is_dropped() {
             node: 2,
             audited: false
         }
+    );
+}
+
+#[test]
+fn each_peer_is_reached_through_the_device_of_its_own_entry() {
+    let mut maps = Maps::new(MODE_ENFORCE);
+    maps.entries
+        .get_mut(&("fd00:10:244:2::".parse().unwrap(), 64))
+        .unwrap()
+        .device = 9;
+    let action = |packet: &[u8]| egress(&parse(&ethernet(packet), &maps), 0, &maps).action;
+
+    assert_eq!(action(&echo("10.244.1.2", "10.244.2.2")), Action::Redirect(DEVICE));
+    assert_eq!(
+        action(&echo("fd00:10:244:1::2", "fd00:10:244:2::2")),
+        Action::Redirect(9)
     );
 }
 
@@ -161,7 +180,8 @@ fn settings_and_entries_survive_their_bytes() {
         node: 0x0102_0304_0506_0708,
         path: PATH_FENCED,
         flags: 255,
-        reserved: [0; 6],
+        reserved: [0; 2],
+        device: 0x090a_0b0c,
     };
 
     assert_eq!(Settings::from_bytes(&settings.to_bytes()), settings);
@@ -214,7 +234,7 @@ proptest! {
 
         let is_udp = protocol < 128 || protocol == 17;
         let exempt = may_leave(mark, &source, &destination);
-        let tunnel = mark & MASK == TUNNEL && is_udp && ports.0 == LISTEN_PORT && is_node(&destination);
+        let tunnel = mark & MASK == TUNNEL && is_udp && [LISTEN_PORT, OTHER_LISTEN_PORT].contains(&ports.0) && is_node(&destination);
         let open = is_udp && (ports.0 == 53 || ports.1 == 53) && is_node(&source) && is_node(&destination);
         // Only with UDP do the ports above stand in the packet.
         prop_assert_eq!(verdict.action == Action::Pass, exempt || protocol < 128 && (tunnel || open), "{:?}", verdict);
@@ -343,7 +363,16 @@ fn node() -> impl Strategy<Value = String> {
 }
 
 fn ports() -> impl Strategy<Value = (u16, u16)> {
-    let port = || prop_oneof![Just(53), Just(6443), Just(LISTEN_PORT), 1..=4788_u16, 8473..=u16::MAX];
+    let port = || {
+        prop_oneof![
+            Just(53),
+            Just(6443),
+            Just(LISTEN_PORT),
+            Just(OTHER_LISTEN_PORT),
+            1..=4788_u16,
+            8473..=u16::MAX
+        ]
+    };
     (port(), port())
 }
 
@@ -394,15 +423,13 @@ impl Maps {
         let mut settings = Settings {
             version: LAYOUT_VERSION,
             mode,
-            encryption_device: DEVICE,
             tunnel_mark: TUNNEL,
             tunnel_mask: MASK,
             plain_mark: PLAIN,
             plain_mask: MASK,
             overlay: VNI,
             open_ports: [0; OPEN_PORTS],
-            listen_port: port(LISTEN_PORT),
-            reserved: [0; 2],
+            listen_ports: [port(LISTEN_PORT), [0; 2], port(OTHER_LISTEN_PORT), [0; 2]],
             vxlan_ports: [port(4789), port(8472), [0; 2], [0; 2]],
             geneve_ports: [port(6081), [0; 2], [0; 2], [0; 2]],
         };
@@ -442,7 +469,8 @@ impl Maps {
                         node,
                         path,
                         flags,
-                        reserved: [0; 6],
+                        reserved: [0; 2],
+                        device: if path == PATH_ENCRYPTED { DEVICE } else { 0 },
                     },
                 )
             })

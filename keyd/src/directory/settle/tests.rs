@@ -7,13 +7,14 @@ use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
-use crate::announcement::{Backend, EncryptScope, Mode};
-use crate::{Announcement, Event, Local, Memory, Record};
+use crate::announcement::{AnnouncedKey, Backend, EncryptScope, Mode};
+use crate::{Announcement, Event, Local, Memory, PublicKeys, Record};
 
 /// Who holds what, and who is what, by one look at all records and at what was held before.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     keys: BTreeMap<NodeName, PublicKey>,
+    next_keys: BTreeMap<NodeName, PublicKey>,
     prefixes: BTreeMap<Prefix, NodeName>,
     addresses: BTreeMap<IpAddr, NodeName>,
     peers: BTreeMap<NodeName, Arc<Peer>>,
@@ -27,6 +28,7 @@ impl Outcome {
         let snapshot = directory.snapshot().expect("there was a list");
         Self {
             keys: directory.keys.clone(),
+            next_keys: directory.next_keys.clone(),
             prefixes: directory.prefixes.clone(),
             addresses: directory.addresses.clone(),
             peers: snapshot.peers.clone(),
@@ -43,17 +45,23 @@ impl Outcome {
             .collect();
         let mut reasons: BTreeMap<NodeName, Vec<Reason>> = BTreeMap::new();
         for (node, claims) in &claims {
-            let key = claims.announcement.as_ref().ok().map(|announced| announced.public_key);
-            let denied = directory.denial(node, key).map(|(what, remark)| Reason::Denied {
-                what,
-                remark: Excerpt::of(remark),
-            });
+            let denied = directory
+                .denial(node, claimed_keys(claims))
+                .map(|(what, remark)| Reason::Denied {
+                    what,
+                    remark: Excerpt::of(remark),
+                });
             let against = reasons.entry((*node).clone()).or_default();
             against.extend(denied);
             against.extend(claims.reasons.iter().cloned());
             against.extend(claims.announcement.as_ref().err().cloned());
         }
-        let (keys, lost_keys) = keys(directory, &claims, before.keys);
+        let Held {
+            keys,
+            next_keys,
+            lost: lost_keys,
+            unused,
+        } = keys(directory, &claims, before.keys, before.next_keys);
         let (prefixes, lost_prefixes) = prefixes(directory, &claims, before.prefixes);
         let (addresses, contested) = addresses(&claims, before.addresses);
         for (node, reason) in lost_keys.into_iter().chain(lost_prefixes) {
@@ -61,7 +69,7 @@ impl Outcome {
         }
 
         let (mut peers, mut refused) = (BTreeMap::new(), BTreeMap::new());
-        let mut problems: BTreeSet<Problem> = contested.into_iter().collect();
+        let mut problems: BTreeSet<Problem> = contested.into_iter().chain(unused).collect();
         for (node, claims) in claims {
             problems.extend(claims.problems);
             let of_node = prefixes.iter().filter(|(_, holder)| *holder == node);
@@ -70,7 +78,10 @@ impl Outcome {
             held_addresses.retain(|address| addresses.get(address) == Some(node));
             let reasons = reasons.remove(node).unwrap_or_default();
             match claims.announcement {
-                Ok(announcement) if reasons.is_empty() => {
+                Ok(mut announcement) if reasons.is_empty() => {
+                    announcement
+                        .next_key
+                        .take_if(|next| next_keys.get(node) != Some(&next.public_key));
                     let peer = peer(announcement, pod_prefixes, held_addresses, None);
                     peers.insert(node.clone(), Arc::new(peer));
                 }
@@ -102,6 +113,7 @@ impl Outcome {
         }
         Self {
             keys,
+            next_keys,
             prefixes,
             addresses,
             peers,
@@ -113,62 +125,126 @@ impl Outcome {
 
 type Lost = Vec<(NodeName, Reason)>;
 
+/// Who holds which key, who lost one in force, and whose key to come is not used.
+struct Held {
+    keys: BTreeMap<NodeName, PublicKey>,
+    next_keys: BTreeMap<NodeName, PublicKey>,
+    lost: Lost,
+    unused: Vec<Problem>,
+}
+
+fn in_force(claims: &Claims) -> Option<PublicKey> {
+    Some(claims.announcement.as_ref().ok()?.public_key)
+}
+
+fn to_come(claims: &Claims) -> Option<PublicKey> {
+    Some(claims.announcement.as_ref().ok()?.next_key?.public_key)
+}
+
+fn claimed_keys(claims: &Claims) -> impl Iterator<Item = PublicKey> {
+    in_force(claims).into_iter().chain(to_come(claims))
+}
+
 fn keys(
     directory: &Directory,
     claims: &BTreeMap<&NodeName, Claims>,
     mut keys: BTreeMap<NodeName, PublicKey>,
-) -> (BTreeMap<NodeName, PublicKey>, Lost) {
-    let own = directory.local.public_key;
+    mut next_keys: BTreeMap<NodeName, PublicKey>,
+) -> Held {
+    let is_own = |key| directory.local.keys.contains(key);
     let mut holders: BTreeMap<PublicKey, NodeName> = BTreeMap::new();
-    keys.retain(|node, key| {
-        let kept = claims.contains_key(node) && *key != own && !holders.contains_key(key);
-        if kept {
-            holders.insert(*key, node.clone());
-        }
-        kept
-    });
-    let claimed: Vec<(&NodeName, PublicKey)> = claims
-        .iter()
-        .filter_map(|(node, claims)| Some((*node, claims.announcement.as_ref().ok()?.public_key)))
-        .collect();
-    let claimants = |wanted: PublicKey| {
-        claimed
-            .iter()
-            .filter(move |(_, key)| *key == wanted)
-            .map(|(node, _)| *node)
+    for held in [&mut keys, &mut next_keys] {
+        held.retain(|node, key| {
+            let kept = claims.contains_key(node) && !is_own(*key) && !holders.contains_key(key);
+            if kept {
+                holders.insert(*key, node.clone());
+            }
+            kept
+        });
+    }
+    let in_force_of = |wanted| {
+        claims
+            .values()
+            .filter(move |claims| in_force(claims) == Some(wanted))
+            .count()
     };
-    // Each round serves somebody for good.
+    let to_come_of = |wanted| {
+        claims
+            .values()
+            .filter(move |claims| to_come(claims) == Some(wanted))
+            .count()
+    };
+    // Each round serves somebody for good, or sets something free for good.
     loop {
-        let is_open = |key: PublicKey| key != own && !holders.contains_key(&key);
-        let open = claimed.iter().filter(|(_, key)| is_open(*key));
-        let sole: Vec<(&NodeName, PublicKey)> = open.filter(|(_, key)| claimants(*key).count() == 1).copied().collect();
-        if sole.is_empty() {
-            break;
-        }
-        for (node, key) in sole {
-            if let Some(old) = keys.insert(node.clone(), key) {
+        let before = (keys.clone(), next_keys.clone());
+        for (node, claims) in claims {
+            let Some(key) = in_force(claims) else { continue };
+            let is_sole = in_force_of(key) == 1;
+            let held_to_come = next_keys.get(*node) == Some(&key);
+            if held_to_come || (is_sole && !is_own(key) && !holders.contains_key(&key)) {
+                if held_to_come {
+                    next_keys.remove(*node);
+                }
+                if let Some(old) = keys.insert((*node).clone(), key) {
+                    holders.remove(&old);
+                }
+                holders.insert(key, (*node).clone());
+            }
+            let next = to_come(claims);
+            if let Some(old) = next_keys.get(*node).copied().filter(|old| next != Some(*old)) {
+                next_keys.remove(*node);
                 holders.remove(&old);
             }
-            holders.insert(key, node.clone());
+            if let Some(next) = next
+                && (in_force_of(next), to_come_of(next)) == (0, 1)
+                && !is_own(next)
+                && !holders.contains_key(&next)
+            {
+                next_keys.insert((*node).clone(), next);
+                holders.insert(next, (*node).clone());
+            }
+        }
+        if before == (keys.clone(), next_keys.clone()) {
+            break;
         }
     }
-    let reason = |node: &NodeName, key: PublicKey| match holders.get(&key) {
-        Some(holder) if holder == node => None,
-        Some(holder) => Some(Reason::KeyHeld {
-            key,
-            holder: holder.clone(),
-        }),
-        None if key == own => Some(Reason::OwnKey),
-        None => {
-            let rival = claimants(key).find(|other| *other != node)?.clone();
-            Some(Reason::KeyContested { key, rival })
-        }
+    let rival = |key: PublicKey, node: &NodeName| {
+        let mut others = claims.iter().filter(|(other, _)| **other != node);
+        let other = others.find(|(_, claims)| in_force(claims) == Some(key));
+        other.map_or(node, |(other, _)| other).clone()
     };
-    let lost = claimed
-        .iter()
-        .filter_map(|&(node, key)| Some((node.clone(), reason(node, key)?)));
-    let lost = lost.collect();
-    (keys, lost)
+    let (mut lost, mut unused) = (Lost::new(), Vec::new());
+    for (node, claims) in claims {
+        let node = *node;
+        let held_by = |key| holders.get(&key).filter(|holder| *holder != node);
+        if let Some(key) = in_force(claims).filter(|key| holders.get(key) != Some(node)) {
+            let reason = match held_by(key) {
+                Some(holder) => Reason::KeyHeld {
+                    key,
+                    holder: holder.clone(),
+                },
+                None if is_own(key) => Reason::OwnKey,
+                None => Reason::KeyContested {
+                    key,
+                    rival: rival(key, node),
+                },
+            };
+            lost.push((node.clone(), reason));
+        }
+        if let Some(key) = to_come(claims).filter(|key| holders.get(key) != Some(node)) {
+            unused.push(Problem::NextKey {
+                node: node.clone(),
+                key,
+                holder: holders.get(&key).cloned(),
+            });
+        }
+    }
+    Held {
+        keys,
+        next_keys,
+        lost,
+        unused,
+    }
 }
 
 fn prefixes(
@@ -256,6 +332,7 @@ enum Step {
     /// A restart, and who held what is not what it was.
     Restart {
         keys: BTreeMap<NodeName, PublicKey>,
+        next_keys: BTreeMap<NodeName, PublicKey>,
         prefixes: BTreeMap<Prefix, NodeName>,
         addresses: BTreeMap<IpAddr, NodeName>,
     },
@@ -280,7 +357,7 @@ fn address() -> impl Strategy<Value = IpAddr> {
 
 prop_compose! {
     fn record()(
-        node in name(), addresses in vec(address(), 0..3), pod_prefixes in vec(prefix(), 0..3), key in option::weighted(0.9, key()),
+        node in name(), addresses in vec(address(), 0..3), pod_prefixes in vec(prefix(), 0..3), key in option::weighted(0.9, key()), next in option::weighted(0.4, key()),
         epoch in 0u64..3, unusable in prop::bool::weighted(0.2),
     ) -> Record {
         let endpoints = addresses.iter().map(|address| (*address, if unusable { 0 } else { 51820 }).into());
@@ -289,6 +366,7 @@ prop_compose! {
             listen_port: NonZeroU16::MAX,
             endpoints: endpoints.collect(),
             epoch,
+            next_key: next.filter(|next| *next != public_key).map(|public_key| AnnouncedKey { public_key, epoch: epoch + 1 }),
             backend: Backend::Userspace,
             mode: Mode::Native,
             overlays: Vec::new(),
@@ -318,11 +396,13 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let held = (
         btree_map(name(), key(), 0..4),
+        btree_map(name(), key(), 0..3),
         btree_map(prefix(), name(), 0..4),
         btree_map(address(), name(), 0..4),
     );
-    let restart = held.prop_map(|(keys, prefixes, addresses)| Step::Restart {
+    let restart = held.prop_map(|(keys, next_keys, prefixes, addresses)| Step::Restart {
         keys,
+        next_keys,
         prefixes,
         addresses,
     });
@@ -333,7 +413,7 @@ fn step() -> impl Strategy<Value = Step> {
 fn is_compared(problem: &Problem) -> bool {
     matches!(
         problem,
-        Problem::Address { .. } | Problem::Endpoint { .. } | Problem::Unreadable { .. }
+        Problem::Address { .. } | Problem::Endpoint { .. } | Problem::NextKey { .. } | Problem::Unreadable { .. }
     )
 }
 
@@ -344,7 +424,7 @@ proptest! {
     fn who_is_concerned_is_enough(configured: bool, steps in vec(step(), 1..24)) {
         let local = Local {
             node: "me".parse().unwrap(),
-            public_key: PublicKey::from_bytes([1; 32]).unwrap(),
+            keys: PublicKeys::only(PublicKey::from_bytes([1; 32]).unwrap(), 1),
             pod_prefixes: configured.then(|| BTreeSet::from(["10.244.0.0/24".parse().unwrap()])),
         };
         let empty = || Directory::new(local.clone(), BTreeSet::from(["10.244.0.0/16".parse().unwrap()]));
@@ -355,8 +435,8 @@ proptest! {
             let mut before = directory.memory();
             match step.clone() {
                 Step::Event(event) => drop(directory.take([event])),
-                Step::Restart { keys, prefixes, addresses } => {
-                    before = Memory { keys, prefixes, addresses, ..before };
+                Step::Restart { keys, next_keys, prefixes, addresses } => {
+                    before = Memory { keys, next_keys, prefixes, addresses, ..before };
                     directory = empty();
                     directory.restore(before.clone());
                 }

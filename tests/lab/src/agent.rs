@@ -184,9 +184,14 @@ impl AgentOptions {
 impl Agent {
     /// Writes the configuration and starts the agent in the node's network namespace.
     pub fn start(node: &Node, options: &AgentOptions) -> Result<Agent> {
+        Agent::start_by(node, options, &[])
+    }
+
+    /// The same, by another program that runs the one it is told: `["strace", "-f"]`. What it is killed and waited by is that program.
+    pub fn start_by(node: &Node, options: &AgentOptions, by: &[&str]) -> Result<Agent> {
         let file = config_file(node);
         fs::write(&file, config(node, options)).with_context(|| format!("write {}", file.display()))?;
-        let child = spawn(node, options)?;
+        let child = spawn(node, options, by)?;
         Ok(Agent {
             node: node.clone(),
             options: options.clone(),
@@ -244,7 +249,7 @@ impl Agent {
         if self.exited()?.is_none() {
             self.kill()?;
         }
-        self.child = spawn(&self.node, &self.options)?;
+        self.child = spawn(&self.node, &self.options, &[])?;
         Ok(())
     }
 
@@ -391,14 +396,21 @@ pub fn config(node: &Node, options: &AgentOptions) -> String {
     )
 }
 
-fn spawn(node: &Node, options: &AgentOptions) -> Result<Child> {
+fn spawn(node: &Node, options: &AgentOptions, by: &[&str]) -> Result<Child> {
     let log = OpenOptions::new()
         .create(true)
         .append(true)
         .open(node.log())
         .with_context(|| format!("open {}", node.log().display()))?;
     let errors: File = log.try_clone().context("share the log file")?;
-    let mut command = Command::new(&options.shroud);
+    let mut command = match by {
+        [] => Command::new(&options.shroud),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(&options.shroud);
+            command
+        }
+    };
     command
         .arg("agent")
         .arg("--config")

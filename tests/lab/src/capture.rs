@@ -4,6 +4,7 @@
 //! is a stranger. A capture that lost a frame proves nothing, so drops and link counters are part of the evidence.
 
 mod packet_socket;
+pub mod tap;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};

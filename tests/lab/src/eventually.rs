@@ -10,7 +10,7 @@ const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Repeats `probe` until it succeeds; after `within` fails with `what` and the last value seen.
 pub fn eventually<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Result<T, String>) -> Result<T> {
-    let slowness = slowness()?;
+    let slowness = patience()?;
     let within = within * slowness;
     let start = Instant::now();
     loop {
@@ -24,7 +24,7 @@ pub fn eventually<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Re
 }
 
 /// How many times slower than the machines the bounds are meant for this one is: `$SHROUD_LAB_PATIENCE`, set for emulated machines only.
-fn slowness() -> Result<u32> {
+pub fn patience() -> Result<u32> {
     match env::var("SHROUD_LAB_PATIENCE") {
         Err(env::VarError::NotPresent) => Ok(1),
         Ok(text) => parse(&text).with_context(|| format!("SHROUD_LAB_PATIENCE={text}: want a number from 1 to 100")),

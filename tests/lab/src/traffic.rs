@@ -3,6 +3,7 @@
 //! A socket belongs to the namespace of the thread that made it, for good; so sockets are made inside, and used from
 //! ordinary threads. Clients bind to nothing: the kernel chooses the source, as it does for any program on a node.
 
+pub mod load;
 pub mod pulse;
 
 use std::fmt;
@@ -20,6 +21,7 @@ use crate::marker::{LENGTH, Markers, payload};
 use crate::netns::Netns;
 use crate::topology::{Family, Host};
 
+pub use load::{Load, Mix};
 pub use pulse::{Beat, Pulse};
 
 /// Payload lengths of echo requests and datagrams in bytes, each within the smallest MTU that IPv6 allows.

@@ -13,8 +13,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use shroud_lab::capture::Direction;
+use shroud_lab::capture::tap::Tap;
 use shroud_lab::frame::Allowed;
-use shroud_lab::traffic::{Pulse, run_all};
+use shroud_lab::traffic::{Load, Mix, Pulse, run_all};
 use shroud_lab::{Capture, Evidence, Family, Flow, Lab, Netns, Protocol, Topology, eventually};
 
 #[test]
@@ -242,6 +244,94 @@ fn a_connection_that_is_reset_is_lost() {
         pulse.worst().1.ok_or_else(|| format!("{:?}", pulse.beats()))
     });
     assert!(lost.is_ok(), "{lost:?}");
+}
+
+/// A few connections of each kind between two pods.
+fn load(lab: &Lab) -> Load {
+    let mix = Mix {
+        bulk: 2,
+        echo: 3,
+        idle: 3,
+    };
+    Load::start(&[(lab.pod("a0"), lab.pod("b0"))], mix, &lab.markers).unwrap()
+}
+
+fn all_speak(load: &Load) {
+    let since = Instant::now();
+    eventually("every connection speaks", Duration::from_secs(10), || {
+        match load.silent_since(since).as_slice() {
+            [] => Ok(()),
+            silent => Err(format!("{silent:?}")),
+        }
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_load_feels_an_interruption_and_its_end() {
+    let lab = plain_lab("load");
+    let load = load(&lab);
+    all_speak(&load);
+    load.forget();
+    all_speak(&load);
+    let undisturbed = load.fare();
+    assert!(
+        undisturbed.longest_stall < Duration::from_millis(400) && undisturbed.lost.is_empty(),
+        "{undisturbed}"
+    );
+
+    lab.underlay.ip("link set port-b down").unwrap();
+    std::thread::sleep(Duration::from_millis(800));
+    assert_eq!(load.silent_since(Instant::now() - Duration::from_millis(200)).len(), 8);
+    lab.underlay.ip("link set port-b up").unwrap();
+
+    all_speak(&load);
+    let fare = load.stop();
+    assert!(fare.longest_stall > Duration::from_millis(700), "{fare}");
+    assert_eq!((fare.connections, fare.lost), (8, Vec::new()));
+}
+
+#[test]
+fn connections_of_a_load_that_are_killed_are_lost() {
+    let lab = plain_lab("killed");
+    let load = load(&lab);
+    all_speak(&load);
+
+    lab.pod("a0")
+        .netns
+        .check("ss", &["--kill", "-t", "dst", "10.244.2.10"])
+        .unwrap();
+
+    // Every second of eight is over IPv4.
+    let lost = eventually("four lost connections", Duration::from_secs(5), || {
+        let fare = load.fare();
+        if fare.lost.len() == 4 {
+            Ok(fare)
+        } else {
+            Err(fare.to_string())
+        }
+    });
+    assert!(lost.is_ok(), "{lost:?}");
+    all_speak(&load);
+}
+
+#[test]
+fn a_tap_hands_out_frames_as_they_were_sent() {
+    let lab = plain_lab("tap");
+    let tap = Tap::open(&lab, "b").unwrap();
+    let _pulse = Pulse::start(Protocol::Udp, Family::V4, lab.pod("a0"), lab.pod("b0"), 1, &lab.markers).unwrap();
+
+    let is_udp = |frame: &[u8]| frame.get(23) == Some(&17);
+    let frames = tap
+        .frames(5, Direction::ToNode, is_udp, Duration::from_secs(5))
+        .unwrap();
+
+    // Ethernet, IPv4, UDP, and what a pulse sends.
+    assert_eq!(frames.len(), 5);
+    for frame in frames {
+        assert_eq!(frame.len(), 14 + 20 + 8 + 64);
+        assert_eq!(frame[26..34], [10, 244, 1, 10, 10, 244, 2, 10]);
+    }
 }
 
 #[test]

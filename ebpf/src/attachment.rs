@@ -148,14 +148,20 @@ pub(crate) struct Place<'a> {
 
 impl Place<'_> {
     /// The program behind our pinned tcx link, if the link still holds it to this very device.
-    pub(crate) fn tcx_program(&self, pin: &Path) -> Result<Option<u32>, Error> {
-        let Some(link) = pinned_link(pin)? else { return Ok(None) };
+    fn tcx_program(&self, pin: &Path) -> Result<Option<u32>, Error> {
+        match pinned_link(pin)? {
+            Some(link) => self.program_behind(&link, pin),
+            None => Ok(None),
+        }
+    }
+
+    /// The program behind a tcx link of ours that is, or was, pinned at `pin`, if the link still holds it to this very device.
+    pub(crate) fn program_behind(&self, link: &FdLink, pin: &Path) -> Result<Option<u32>, Error> {
         let failed = |source| Error::Link {
             operation: "look at",
             path: pin.into(),
             source,
         };
-        let link = FdLink::from(link);
         let info = link.info().map_err(failed)?;
         let device = device_of(info.id()).map_err(|source| Error::Path {
             operation: "find the device of link",
@@ -179,33 +185,38 @@ impl Place<'_> {
     }
 
     /// Attaches a program by a tcx link pinned at `pin`, or puts it in the place of the one that hangs there.
-    pub(crate) fn attach_tcx(&self, program: &mut SchedClassifier, pin: &Path) -> Result<(), Error> {
+    /// Returns the link: whoever keeps it open keeps the program there, whatever becomes of the pin.
+    pub(crate) fn attach_tcx(&self, program: &mut SchedClassifier, pin: &Path) -> Result<FdLink, Error> {
         let failed = |source| self.failed("attach to", Mechanism::Tcx, source);
         let is_live = self.tcx_program(pin)?.is_some();
         if let Some(link) = pinned_link(pin)?.filter(|_| is_live) {
-            let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(|source| Error::Link {
+            let link = SchedClassifierLink::try_from(link).map_err(|source| Error::Link {
                 operation: "open",
                 path: pin.into(),
                 source,
             })?;
             let id = program.attach_to_link(link).map_err(failed)?;
-            // The pin holds the link from here on.
-            drop(program.take_link(id).map_err(failed)?);
-            return Ok(());
+            return self.take(program, id, pin);
         }
         // What is left of a device that is gone.
         pin::remove(pin)?;
         let id = self.attach_when_free(program).map_err(failed)?;
-        let link = FdLink::try_from(program.take_link(id).map_err(failed)?).map_err(|source| Error::Link {
+        let link = self.take(program, id, pin)?;
+        let pinned = link.pin(pin).map_err(|source| Error::Pin {
+            path: pin.into(),
+            source,
+        })?;
+        Ok(pinned.into())
+    }
+
+    /// The link by which a program was attached.
+    fn take(&self, program: &mut SchedClassifier, id: SchedClassifierLinkId, pin: &Path) -> Result<FdLink, Error> {
+        let link = program.take_link(id).map_err(|source| self.failed("attach to", Mechanism::Tcx, source))?;
+        FdLink::try_from(link).map_err(|source| Error::Link {
             operation: "take",
             path: pin.into(),
             source,
-        })?;
-        link.pin(pin).map_err(|source| Error::Pin {
-            path: pin.into(),
-            source,
-        })?;
-        Ok(())
+        })
     }
 
     /// Removes our pinned tcx link and waits until the kernel has let go of it. Says whether it held a program to this device.
@@ -320,9 +331,10 @@ fn field(text: &str, name: &str) -> Option<u32> {
     text.lines().find_map(value)
 }
 
-fn pinned_link(path: &Path) -> Result<Option<PinnedLink>, Error> {
+/// The link that is pinned there, if one is.
+pub(crate) fn pinned_link(path: &Path) -> Result<Option<FdLink>, Error> {
     match PinnedLink::from_pin(path) {
-        Ok(link) => Ok(Some(link)),
+        Ok(link) => Ok(Some(link.into())),
         Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::Link {
             operation: "open",

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use aya::EbpfLoader;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuHashMap, RingBuf};
+use aya::programs::links::FdLink;
 use aya::programs::{ProgramError, SchedClassifier};
 use shroud_gate::{Address, Count, CounterKey, Entry, Family, PREFIX_KEY_BITS, PrefixKey, Settings};
 use shroud_model::Prefix;
 
-use crate::attachment::Place;
+use crate::attachment::{self, Place};
 use crate::device::{self, Device};
 use crate::diff::Build;
 use crate::event::{self, Counter, Event};
@@ -82,6 +83,8 @@ pub struct Gate {
     build: String,
     mechanism: Mechanism,
     programs: BTreeMap<&'static str, Program>,
+    /// The tcx links of ours, open: somebody who removes their pins detaches nothing as long as we live.
+    links: BTreeMap<(u32, Hook), FdLink>,
     maps: BTreeMap<&'static str, MapData>,
     prefixes: LpmTrie<MapData, [u8; size_of::<PrefixKey>()], RawEntry>,
     settings: Array<MapData, [u8; size_of::<Settings>()]>,
@@ -124,6 +127,7 @@ impl Gate {
         Ok(Self {
             mechanism: options.attach.choose(),
             programs,
+            links: BTreeMap::new(),
             maps: MAPS
                 .into_iter()
                 .map(|name| Ok((name, open_map(&pins, name)?)))
@@ -145,9 +149,11 @@ impl Gate {
     /// Any question the kernel would not answer.
     pub fn observe(&mut self) -> Result<Observed, Error> {
         self.written = [None, None];
+        // First: it opens the links.
+        let attachments = self.attachments()?;
         Ok(Observed {
             mechanism: self.mechanism,
-            attachments: self.attachments()?,
+            attachments,
             table: self.read_table()?,
             missing_pins: self.missing_pins(),
             other_layouts: self
@@ -202,12 +208,14 @@ impl Gate {
         removed
     }
 
-    fn attachments(&self) -> Result<BTreeMap<Attachment, Build>, Error> {
+    fn attachments(&mut self) -> Result<BTreeMap<Attachment, Build>, Error> {
         let with_clsact = device::with_clsact()?;
+        let devices = device::devices()?;
         let mut found = BTreeMap::new();
-        for device in device::devices()?.values() {
+        for device in devices.values() {
             for hook in Hook::ALL {
                 let place = Place { device, hook };
+                let tcx_program = self.tcx_program(&place)?;
                 let mut add = |mechanism, program: Option<u32>| {
                     let Some(id) = program else { return };
                     let attachment = Attachment {
@@ -217,13 +225,32 @@ impl Gate {
                     };
                     found.insert(attachment, self.build_of(id, device, hook));
                 };
-                add(Mechanism::Tcx, place.tcx_program(&self.pins.link(device.index, hook))?);
+                add(Mechanism::Tcx, tcx_program);
                 if with_clsact.contains(&device.index) {
                     add(Mechanism::Clsact, place.clsact_program()?);
                 }
             }
         }
+        let there: BTreeSet<u32> = devices.values().map(|device| device.index).collect();
+        self.links.retain(|(index, _), _| there.contains(index));
         Ok(found)
+    }
+
+    /// The program of ours that hangs at a place by a tcx link, whose pin somebody may have removed.
+    fn tcx_program(&mut self, place: &Place<'_>) -> Result<Option<u32>, Error> {
+        let key = (place.device.index, place.hook);
+        let pin = self.pins.link(key.0, key.1);
+        if let Some(link) = attachment::pinned_link(&pin)? {
+            self.links.insert(key, link);
+        }
+        let Some(link) = self.links.get(&key) else {
+            return Ok(None);
+        };
+        let program = place.program_behind(link, &pin)?;
+        if program.is_none() {
+            self.links.remove(&key);
+        }
+        Ok(program)
     }
 
     fn build_of(&self, id: u32, device: &Device, hook: Hook) -> Build {
@@ -251,7 +278,9 @@ impl Gate {
         match attachment.mechanism {
             Mechanism::Tcx => {
                 self.pins.prepare(&self.build)?;
-                place.attach_tcx(&mut program.handle, &self.pins.link(device.index, hook))
+                let link = place.attach_tcx(&mut program.handle, &self.pins.link(device.index, hook))?;
+                self.links.insert((device.index, hook), link);
+                Ok(())
             }
             Mechanism::Clsact => place.attach_clsact(&mut program.handle),
         }
@@ -266,6 +295,7 @@ impl Gate {
             device: &device,
             hook: attachment.hook,
         };
+        self.links.remove(&(device.index, attachment.hook));
         match attachment.mechanism {
             Mechanism::Tcx => place
                 .detach_tcx(&self.pins.link(device.index, attachment.hook))
@@ -293,7 +323,9 @@ impl Gate {
         let programs = PROGRAMS
             .into_iter()
             .filter(|name| !self.pins.program(&self.build, name).exists());
-        maps.chain(programs).map(str::to_owned).collect()
+        let links = self.links.keys().filter(|(index, hook)| !self.pins.link(*index, *hook).exists());
+        let links = links.map(|(index, hook)| link_name(*index, *hook));
+        maps.chain(programs).map(str::to_owned).chain(links).collect()
     }
 
     fn pin(&mut self, missing: &BTreeSet<String>) -> Result<(), Error> {
@@ -308,6 +340,17 @@ impl Gate {
                 .handle
                 .pin(&path)
                 .map_err(|source| Error::Pin { path, source })?;
+        }
+        let places: Vec<(u32, Hook)> = self.links.keys().copied().collect();
+        for (index, hook) in places {
+            let path = self.pins.link(index, hook);
+            if missing.contains(&link_name(index, hook))
+                && let Some(link) = self.links.remove(&(index, hook))
+            {
+                // One that cannot be pinned is gone, and the next pass attaches anew.
+                let link = link.pin(&path).map_err(|source| Error::Pin { path, source })?;
+                self.links.insert((index, hook), link.into());
+            }
         }
         let maps = ids(self.maps.iter().map(|(name, map)| (*name, map)))?;
         self.pins.note_reads(&self.build, &maps)
@@ -489,6 +532,11 @@ fn name_of(layout: &Path) -> Option<String> {
     let name = layout.file_name()?.to_str()?;
     let number = name.strip_prefix('v')?;
     (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then(|| name.to_owned())
+}
+
+/// What a link's pin is called among those that are missing.
+fn link_name(index: u32, hook: Hook) -> String {
+    format!("link {index}-{hook}")
 }
 
 fn open_map(pins: &Pins, name: &'static str) -> Result<MapData, Error> {

@@ -122,23 +122,30 @@ fn what_somebody_detached_is_attached_again() {
         reconcile(&mut gate, &desired()),
         ["gate on eth0 egress (clsact): none -> attached"]
     );
+}
 
-    if !needs_tcx("what_somebody_detached_is_attached_again, its second half") {
+/// Who lives holds the links open: whoever removes their pins detaches nothing.
+#[test]
+fn a_pin_that_somebody_removes_detaches_nothing() {
+    if !needs_tcx("a_pin_that_somebody_removes_detaches_nothing") {
         return;
     }
     let world = World::new();
     let mut gate = world.open(Attach::Tcx);
     reconcile(&mut gate, &desired());
+    let hanging = world.hanging();
     for link in fs::read_dir(world.pins.0.join("v3/links")).unwrap() {
-        let link = link.unwrap().path();
-        if link.to_str().unwrap().ends_with("-egress") {
-            fs::remove_file(link).unwrap();
-        }
+        fs::remove_file(link.unwrap().path()).unwrap();
     }
-    assert_eq!(
-        reconcile(&mut gate, &desired()),
-        ["gate on eth0 egress (tcx): none -> attached"]
-    );
+
+    let changes = reconcile(&mut gate, &desired());
+
+    assert_eq!(changes.len(), 1, "{changes:?}");
+    assert!(changes[0].starts_with("pins link "), "{changes:?}");
+    assert_eq!(reconcile(&mut gate, &desired()), Vec::<String>::new());
+    assert_eq!(world.hanging(), hanging);
+    drop(gate);
+    assert_eq!(reconcile(&mut world.open(Attach::Tcx), &desired()), Vec::<String>::new());
 }
 
 /// A pinned link keeps its file when somebody detaches it by hand; the file then holds nothing.

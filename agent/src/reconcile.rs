@@ -235,7 +235,6 @@ impl Reconciler {
         let tunnel = Tunnel::new(tunnel_options(&config));
         let overlay = Overlay::open(config.routing.vni).context("open overlay netlink")?;
         let kernel = Kernel::open().context("open routing netlink")?;
-        wiring.own_port.store(kernel.port(), Ordering::Relaxed);
         let prober = Prober::start()?;
         Ok(Self {
             config,
@@ -319,6 +318,7 @@ impl Reconciler {
     /// Compares the kernel with the plan once, and mends what differs. What it does not look at is taken to be as the last pass left it.
     fn pass(&mut self, begun: Instant, look: Look) -> Report {
         let mut report = Report::default();
+        self.wiring.own_port.store(self.kernel.port(), Ordering::Relaxed);
         let heard = self.heard.take().unwrap_or(begun);
         let known = self.wiring.mesh.borrow_and_update().snapshot.clone();
         let last = self.last.as_ref();

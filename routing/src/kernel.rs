@@ -75,7 +75,8 @@ impl Kernel {
         })
     }
 
-    /// The netlink port by which the kernel names us as the cause of a notice, for [`Monitor::ignore`](crate::Monitor::ignore).
+    /// The netlink port by which the kernel names us as the cause of a notice, for [`Monitor::ignore`](crate::Monitor::ignore). It is another
+    /// after a connection has ended.
     pub fn port(&self) -> u32 {
         self.connection.port()
     }
@@ -314,7 +315,7 @@ impl Kernel {
             .map(|destination| question(*destination, None, None, mark))
             .collect();
         let operations: Vec<String> = questions.iter().map(|(operation, _)| operation.clone()).collect();
-        let answers = self.connection.ask_all(questions);
+        let answers = self.connection.ask_all(questions)?;
         let answered = destinations.iter().zip(operations).zip(answers);
         answered
             .map(|((destination, operation), answers)| Ok((*destination, self.understood(operation, answers)?)))

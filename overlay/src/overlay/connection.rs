@@ -17,6 +17,8 @@ const ATTEMPTS: u32 = 8;
 pub(super) struct Connection {
     runtime: Runtime,
     handle: Handle,
+    /// Whether it has ended: netlink-proto gives up at the first error of its socket, for good.
+    has_ended: bool,
 }
 
 impl Connection {
@@ -31,7 +33,11 @@ impl Connection {
         // It lives as long as the runtime, and moves only while `block_on` runs.
         drop(runtime.spawn(connection));
         drop(guard);
-        Ok(Self { runtime, handle })
+        Ok(Self {
+            runtime,
+            handle,
+            has_ended: false,
+        })
     }
 
     /// Asks for something and expects it to be done. `flags` beside `NLM_F_REQUEST` and `NLM_F_ACK`.
@@ -72,13 +78,17 @@ impl Connection {
         request: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<(Vec<RouteNetlinkMessage>, Listing), Error> {
+        if self.has_ended {
+            // An error of the socket costs one request, and not all that follow.
+            *self = Self::open()?;
+        }
         let mut message = NetlinkMessage::from(request);
         message.header.flags = NLM_F_REQUEST | flags;
         let closed = || Error::Closed {
             operation: operation.to_owned(),
         };
-        let Self { runtime, handle } = self;
-        runtime.block_on(async {
+        let Self { runtime, handle, .. } = self;
+        let answer = runtime.block_on(async {
             let mut stream = handle.request(message).map_err(|_| closed())?;
             let mut answers = Vec::new();
             let mut listing = Listing::Whole;
@@ -114,7 +124,9 @@ impl Connection {
             } else {
                 Err(closed())
             }
-        })
+        });
+        self.has_ended = matches!(answer, Err(Error::Closed { .. }));
+        answer
     }
 }
 
@@ -141,6 +153,18 @@ mod tests {
         for error in [changed.err(), asked.err(), listed.err()] {
             assert!(matches!(error, Some(Error::Closed { .. })), "{error:?}");
         }
+    }
+
+    #[test]
+    fn after_the_end_of_a_connection_the_next_request_has_another() {
+        let mut connection = ending();
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+
+        let first = connection.list("list", &request);
+        let second = connection.list("list", &request);
+
+        assert!(matches!(first, Err(Error::Closed { .. })), "{first:?}");
+        assert!(!second.unwrap().is_empty());
     }
 
     #[test]

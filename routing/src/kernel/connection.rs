@@ -27,6 +27,8 @@ pub(super) struct Connection {
     port: u32,
     /// A socket of no protocol that anybody speaks, for the ioctls that translate between device names and indices.
     names: OwnedFd,
+    /// Whether it has ended: netlink-proto gives up at the first error of its socket, for good.
+    has_ended: bool,
 }
 
 impl Connection {
@@ -48,7 +50,21 @@ impl Connection {
             handle,
             port: port.port_number(),
             names: names.map_err(|error| Error::Open(error.into()))?,
+            has_ended: false,
         })
+    }
+
+    /// Opens another where this one has ended, so that an error of the socket costs one request and not all that follow.
+    fn renew(&mut self) -> Result<(), Error> {
+        if self.has_ended {
+            *self = Self::open()?;
+        }
+        Ok(())
+    }
+
+    /// Takes note of whether an answer is the connection's end.
+    fn note_end<T>(&mut self, answer: &Result<T, Error>) {
+        self.has_ended |= matches!(answer, Err(Error::Closed { .. }));
     }
 
     /// The netlink port by which the kernel knows us.
@@ -104,15 +120,22 @@ impl Connection {
         request: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<(Vec<RouteNetlinkMessage>, Listing), Error> {
+        self.renew()?;
         let Self { runtime, handle, .. } = self;
-        runtime.block_on(answers(operation, send(handle, operation, request, flags)?, flags))
+        let answer = runtime.block_on(async {
+            let stream = send(handle, operation, request, flags)?;
+            answers(operation, stream, flags).await
+        });
+        self.note_end(&answer);
+        answer
     }
 
     /// Asks about several objects. The kernel answers while we still ask, so nobody waits for each answer by itself.
     pub(super) fn ask_all(
         &mut self,
         questions: Vec<(String, RouteNetlinkMessage)>,
-    ) -> Vec<Result<Vec<RouteNetlinkMessage>, Error>> {
+    ) -> Result<Vec<Result<Vec<RouteNetlinkMessage>, Error>>, Error> {
+        self.renew()?;
         let Self { runtime, handle, .. } = self;
         let mut results = Vec::with_capacity(questions.len());
         runtime.block_on(async {
@@ -134,7 +157,10 @@ impl Connection {
                 }
             }
         });
-        results
+        for result in &results {
+            self.note_end(result);
+        }
+        Ok(results)
     }
 }
 
@@ -221,6 +247,20 @@ mod tests {
         for error in [changed.err(), asked.err(), listed.err()] {
             assert!(matches!(error, Some(Error::Closed { .. })), "{error:?}");
         }
+    }
+
+    #[test]
+    fn after_the_end_of_a_connection_the_next_request_has_another() {
+        let mut connection = ending();
+        let port = connection.port();
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+
+        let first = connection.list("list", &request);
+        let second = connection.list("list", &request);
+
+        assert!(matches!(first, Err(Error::Closed { .. })), "{first:?}");
+        assert!(!second.unwrap().is_empty());
+        assert_ne!(connection.port(), port);
     }
 
     #[test]

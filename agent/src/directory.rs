@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::pin::Pin;
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use shroud_keyd::announcement::Backend;
@@ -30,6 +30,8 @@ const EVENTS: usize = 256;
 /// How much longer than a write of the last good directory took the next one waits, so that a large directory on a slow disk costs a
 /// twentieth of our time at most.
 const SAVING_SHARE: u32 = 20;
+/// How long a disk that took nothing is left alone.
+const SAVE_AGAIN: Duration = Duration::from_secs(2);
 
 /// The directory, and where its snapshots go.
 pub(crate) struct Keeper {
@@ -163,8 +165,7 @@ impl Keeper {
                 self.publish(&publisher, &presence);
             }
             if unsaved && Instant::now() >= self.next_save {
-                self.save();
-                unsaved = false;
+                unsaved = !self.save();
             }
             if self.tell() {
                 wake(&wakes, Wake::Mesh)?;
@@ -276,21 +277,29 @@ impl Keeper {
         }
     }
 
-    /// Keeps what the next run should remember.
-    fn save(&mut self) {
+    /// Keeps what the next run should remember. Answers whether the disk has it; where it does not, it is tried again soon.
+    fn save(&mut self) -> bool {
         let begun = Instant::now();
         let memory = self.directory.memory();
-        if memory == self.saved {
-            return;
-        }
-        self.cache_problem = match cache::save(&self.config.state_dir, &memory) {
+        let saved = if memory == self.saved {
+            Ok(())
+        } else {
+            cache::save(&self.config.state_dir, &memory)
+        };
+        let pause = begun.elapsed() * SAVING_SHARE;
+        match saved {
             Ok(()) => {
                 self.saved = memory;
-                None
+                self.cache_problem = None;
+                self.next_save = Instant::now() + pause;
+                true
             }
-            Err(error) => Some(format!("{:#}", anyhow::Error::new(error))),
-        };
-        self.next_save = Instant::now() + begun.elapsed() * SAVING_SHARE;
+            Err(error) => {
+                self.cache_problem = Some(format!("{:#}", anyhow::Error::new(error)));
+                self.next_save = Instant::now() + pause.max(SAVE_AGAIN);
+                false
+            }
+        }
     }
 
     /// Hands the snapshot on, and answers whether it says anything new.

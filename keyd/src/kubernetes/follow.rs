@@ -178,6 +178,10 @@ async fn watch<T: Object>(
         }
         let metadata = metadata(event.object);
         let update = match event.kind {
+            // About nobody, so that nobody could ever put it right.
+            "ADDED" | "MODIFIED" | "DELETED" if metadata.name.is_empty() => {
+                return Err(malformed("the server sent an object without a name".to_owned()));
+            }
             "ADDED" | "MODIFIED" => Some(Update::Applied(T::read(event.object))),
             "DELETED" => Some(Update::Deleted(metadata.key())),
             // A bookmark carries a version and nothing else; of what a later server may say, we can use no more.

@@ -211,7 +211,9 @@ impl Place<'_> {
 
     /// The link by which a program was attached.
     fn take(&self, program: &mut SchedClassifier, id: SchedClassifierLinkId, pin: &Path) -> Result<FdLink, Error> {
-        let link = program.take_link(id).map_err(|source| self.failed("attach to", Mechanism::Tcx, source))?;
+        let link = program
+            .take_link(id)
+            .map_err(|source| self.failed("attach to", Mechanism::Tcx, source))?;
         FdLink::try_from(link).map_err(|source| Error::Link {
             operation: "take",
             path: pin.into(),

@@ -44,6 +44,8 @@ pub struct Observed {
     pub table: Option<Table>,
     /// Pins of programs and maps that somebody removed.
     pub missing_pins: BTreeSet<String>,
+    /// Pins of links whose device is gone, by their names.
+    pub stale_pins: BTreeSet<String>,
     /// Other layouts of our maps under the pin directory (`v1`), whose programs may still hang beside this one's.
     pub other_layouts: BTreeSet<String>,
 }
@@ -83,6 +85,11 @@ pub enum Change {
     Detach {
         /// Where.
         attachment: Attachment,
+    },
+    /// Removes the pins of links that hold nothing any more, for their device is gone.
+    Unpin {
+        /// Their names.
+        stale: BTreeSet<String>,
     },
     /// Lets go of what another version of Shroud with another layout of the maps has left: its links, programs and maps.
     RemoveLayout {
@@ -125,6 +132,11 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Change> {
             });
         }
     }
+    if !observed.stale_pins.is_empty() {
+        changes.push(Change::Unpin {
+            stale: observed.stale_pins.clone(),
+        });
+    }
     // Not in the same pass: an attachment above may fail, and until it hangs the other layout's program guards the place.
     if changes.is_empty() {
         let layouts = observed.other_layouts.iter().cloned();
@@ -163,6 +175,10 @@ impl fmt::Display for Change {
                     "pins {}: missing -> pinned",
                     missing.iter().cloned().collect::<Vec<_>>().join(", ")
                 )
+            }
+            Self::Unpin { stale } => {
+                let stale: Vec<&str> = stale.iter().map(String::as_str).collect();
+                write!(f, "pins of devices that are gone, {}: pinned -> none", stale.join(", "))
             }
             Self::ReplaceTable { old: None, new } => write!(f, "gate table: none -> {}", summary(new)),
             Self::ReplaceTable { old: Some(old), new } => {

@@ -156,6 +156,7 @@ impl Gate {
             attachments,
             table: self.read_table()?,
             missing_pins: self.missing_pins(),
+            stale_pins: self.stale_pins()?,
             other_layouts: self
                 .pins
                 .other_layouts()?
@@ -175,6 +176,7 @@ impl Gate {
             Change::ReplaceTable { new, .. } => self.replace_table(new),
             Change::Attach { attachment, .. } => self.attach(attachment),
             Change::Detach { attachment } => self.detach(attachment),
+            Change::Unpin { stale } => self.unpin(stale),
             Change::RemoveLayout { layout } => self.remove_layout(layout),
         }
     }
@@ -323,9 +325,31 @@ impl Gate {
         let programs = PROGRAMS
             .into_iter()
             .filter(|name| !self.pins.program(&self.build, name).exists());
-        let links = self.links.keys().filter(|(index, hook)| !self.pins.link(*index, *hook).exists());
+        let links = self
+            .links
+            .keys()
+            .filter(|(index, hook)| !self.pins.link(*index, *hook).exists());
         let links = links.map(|(index, hook)| link_name(*index, *hook));
         maps.chain(programs).map(str::to_owned).chain(links).collect()
+    }
+
+    /// What is left of devices that are gone: a link that holds nothing is kept by its pin all the same.
+    fn stale_pins(&self) -> Result<BTreeSet<String>, Error> {
+        let devices = device::devices()?;
+        let is_there = |name: &str| {
+            let index = name.split('-').next().and_then(|index| index.parse().ok());
+            index.is_none_or(|index: u32| devices.values().any(|device| device.index == index))
+        };
+        let names = pin::list(&self.pins.links())?;
+        let names = names.iter().filter_map(|path| path.file_name()?.to_str());
+        Ok(names.filter(|name| !is_there(name)).map(str::to_owned).collect())
+    }
+
+    fn unpin(&self, stale: &BTreeSet<String>) -> Result<(), Error> {
+        for name in stale {
+            pin::remove(&self.pins.links().join(name))?;
+        }
+        Ok(())
     }
 
     fn pin(&mut self, missing: &BTreeSet<String>) -> Result<(), Error> {

@@ -105,10 +105,13 @@ fn a_device_that_was_made_again_gets_its_gate_again() {
         run(&["ip", "link", "del", "eth0"]);
         run(&["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far0"]);
 
+        let pins = world.link_pins();
         let changes = reconcile(&mut gate, &desired());
-        assert_eq!(changes.len(), 2, "{changes:?}");
         assert_eq!(world.hanging().len(), 3);
         assert_eq!(reconcile(&mut gate, &desired()), Vec::<String>::new());
+        // Nothing is left of the old device.
+        assert_eq!(world.link_pins().len(), pins.len(), "{changes:?}");
+        assert_eq!(changes.len(), 2 + usize::from(!pins.is_empty()), "{changes:?}");
     }
 }
 
@@ -342,9 +345,10 @@ fn the_encryption_device_has_a_gate_while_it_is_named() {
         // Made again under the same name: the new device has none.
         run(&["ip", "link", "del", "shroud0"]);
         run(&["ip", "tuntap", "add", "shroud0", "mode", "tun"]);
+        // The old one's pin, if it has one, goes as well.
         assert_eq!(
-            reconcile(&mut gate, &with),
-            [format!("gate on shroud0 decrypted ({by}): none -> attached")]
+            reconcile(&mut gate, &with)[0],
+            format!("gate on shroud0 decrypted ({by}): none -> attached")
         );
 
         assert_eq!(
@@ -532,6 +536,13 @@ impl World {
     }
 
     /// What hangs on the uplink and the pod's device, as "device hook program", in the order in which programs run.
+    fn link_pins(&self) -> Vec<String> {
+        let links = fs::read_dir(self.pins.0.join("v2/links")).into_iter().flatten();
+        links
+            .map(|link| link.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
     fn hanging(&self) -> Vec<String> {
         self.hanging_on(&["eth0", "pod0"])
     }

@@ -331,6 +331,8 @@ fn read(socket: &PacketSocket, judge: &Judge, evidence: &Mutex<PortEvidence>, st
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && stopping => break,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The link was taken down; once it is up again, so is the socket (packet(7)).
+            Err(error) if error.kind() == io::ErrorKind::NetworkDown => {}
             Err(error) => {
                 lock(evidence).error = Some(format!("read: {error}"));
                 break;

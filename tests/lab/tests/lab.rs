@@ -280,6 +280,7 @@ fn a_load_feels_an_interruption_and_its_end() {
         "{undisturbed}"
     );
 
+    let capture = Capture::start(&lab, rules(&lab)).unwrap();
     lab.underlay.ip("link set port-b down").unwrap();
     std::thread::sleep(Duration::from_millis(800));
     assert_eq!(load.silent_since(Instant::now() - Duration::from_millis(200)).len(), 8);
@@ -289,6 +290,8 @@ fn a_load_feels_an_interruption_and_its_end() {
     let fare = load.stop();
     assert!(fare.longest_stall > Duration::from_millis(700), "{fare}");
     assert_eq!((fare.connections, fare.lost), (8, Vec::new()));
+    // The capture has seen all that there was to see before and after.
+    assert_eq!(capture.stop().unwrap().complete(), Ok(()));
 }
 
 #[test]

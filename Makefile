@@ -1,12 +1,13 @@
 # The front door. Each goal installs what it lacks and says so; a second run is quick.
 
-.PHONY: help demo demo-k8s test test-vm support bench-peers bench-directory fuzz ebpf build
+.PHONY: help demo demo-k8s test test-faults test-vm support bench-peers bench-directory fuzz ebpf build
 
 help:
 	@echo "make demo          three nodes on this machine, every pod byte encrypted, proven on the wire"
 	@echo "make demo KEEP=1   the same, left running, with hints for looking around"
 	@echo "make demo-k8s      the same three nodes, which meet in a Kubernetes cluster (an API server for tests)"
 	@echo "make test          everything that must hold before a change lands"
+	@echo "make test-faults   all that can go wrong, around 200 connections: what leaks, what breaks, how long it takes (ROW=C3 SEED=7)"
 	@echo "make test-vm       the kernel tests and scenarios on Linux 6.1 and 6.12, in an emulator (FULL=1: all of them)"
 	@echo "make support       writes docs/support.md from the latest make test-vm FULL=1"
 	@echo "make bench-peers   what 5,000 peers take: time and memory (docs/bench/peers.md); VM=1: in the emulator, with the kernel's WireGuard"
@@ -26,6 +27,10 @@ demo demo-k8s:
 
 test:
 	@scripts/test.sh
+
+test-faults:
+	@scripts/setup.sh test
+	@cargo test --quiet --locked --package shroud --test faults -- --all $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
 
 test-vm:
 	@FULL=$(FULL) scripts/test-vm.sh

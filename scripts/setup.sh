@@ -4,7 +4,7 @@
 #   scripts/setup.sh build     compile Shroud (pinned stable Rust, a C compiler)
 #   scripts/setup.sh demo      the above, and what `make demo` looks through (iproute2, wireguard-tools)
 #   scripts/setup.sh deploy    what the tests of deploy/ run on (Helm's engine and other Python packages, kubectl, musl)
-#   scripts/setup.sh test      all of the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, cargo-deny)
+#   scripts/setup.sh test      all of the above, and the peers and eyes of the tests (wireguard-go, boringtun-cli, CNI plugins, bpftool, strace, cargo-deny)
 #   scripts/setup.sh vm        the above, and an emulator with small tools for its guests (qemu, busybox)
 #   scripts/setup.sh fuzz      compile Shroud, and cargo-fuzz (scripts/fuzz.sh finds the nightly Rust it needs)
 #
@@ -90,7 +90,7 @@ deploy() {
 tests() {
     demo
     deploy
-    apt_install bpftool containernetworking-plugins iputils-ping nftables procps tcpdump wireguard-go
+    apt_install bpftool containernetworking-plugins iputils-ping nftables procps strace tcpdump wireguard-go
     cargo_tool boringtun-cli 0.7.1
     cargo_tool cargo-deny 0.20.2
 }

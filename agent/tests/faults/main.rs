@@ -19,7 +19,9 @@
 mod agent;
 mod chance;
 mod field;
+mod hand;
 mod held;
+mod kernel;
 mod oracle;
 mod row;
 mod strace;
@@ -98,10 +100,7 @@ fn main() -> Result<ExitCode> {
 
 /// The rows that are asked for, in the order of the matrix.
 fn chosen(arguments: &Arguments) -> Result<Vec<&'static Row>> {
-    let all = [
-        oracle::ROWS,
-        agent::ROWS,
-    ];
+    let all = [oracle::ROWS, agent::ROWS, kernel::ROWS, hand::ROWS];
     let rows = all.into_iter().flatten();
     if arguments.row.is_empty() {
         let filter = &arguments.filter;

@@ -18,6 +18,7 @@
 
 mod agent;
 mod chance;
+mod directory;
 mod field;
 mod hand;
 mod held;
@@ -100,7 +101,7 @@ fn main() -> Result<ExitCode> {
 
 /// The rows that are asked for, in the order of the matrix.
 fn chosen(arguments: &Arguments) -> Result<Vec<&'static Row>> {
-    let all = [oracle::ROWS, agent::ROWS, kernel::ROWS, hand::ROWS];
+    let all = [oracle::ROWS, agent::ROWS, directory::ROWS, kernel::ROWS, hand::ROWS];
     let rows = all.into_iter().flatten();
     if arguments.row.is_empty() {
         let filter = &arguments.filter;

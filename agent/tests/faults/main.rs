@@ -17,9 +17,11 @@
 )]
 
 mod agent;
+mod attack;
 mod chance;
 mod directory;
 mod field;
+mod forge;
 mod hand;
 mod held;
 mod kernel;
@@ -101,7 +103,15 @@ fn main() -> Result<ExitCode> {
 
 /// The rows that are asked for, in the order of the matrix.
 fn chosen(arguments: &Arguments) -> Result<Vec<&'static Row>> {
-    let all = [oracle::ROWS, agent::ROWS, directory::ROWS, kernel::ROWS, hand::ROWS];
+    let all = [
+        oracle::ROWS,
+        agent::ROWS,
+        directory::ROWS,
+        kernel::ROWS,
+        hand::ROWS,
+        attack::ROWS,
+        forge::ROWS,
+    ];
     let rows = all.into_iter().flatten();
     if arguments.row.is_empty() {
         let filter = &arguments.filter;

@@ -27,6 +27,7 @@ mod held;
 mod kernel;
 mod oracle;
 mod row;
+mod state;
 mod strace;
 mod table;
 
@@ -109,6 +110,7 @@ fn chosen(arguments: &Arguments) -> Result<Vec<&'static Row>> {
         directory::ROWS,
         kernel::ROWS,
         hand::ROWS,
+        state::ROWS,
         attack::ROWS,
         forge::ROWS,
     ];

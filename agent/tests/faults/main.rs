@@ -26,10 +26,12 @@ mod hand;
 mod held;
 mod kernel;
 mod oracle;
+mod peers;
 mod row;
 mod state;
 mod strace;
 mod table;
+mod underlay;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -113,6 +115,8 @@ fn chosen(arguments: &Arguments) -> Result<Vec<&'static Row>> {
         state::ROWS,
         attack::ROWS,
         forge::ROWS,
+        underlay::ROWS,
+        peers::ROWS,
     ];
     let rows = all.into_iter().flatten();
     if arguments.row.is_empty() {

@@ -18,6 +18,7 @@
 
 mod agent;
 mod attack;
+mod backend;
 mod chance;
 mod directory;
 mod field;
@@ -25,6 +26,7 @@ mod forge;
 mod hand;
 mod held;
 mod kernel;
+mod many;
 mod oracle;
 mod peers;
 mod row;
@@ -117,6 +119,8 @@ fn chosen(arguments: &Arguments) -> Result<Vec<&'static Row>> {
         forge::ROWS,
         underlay::ROWS,
         peers::ROWS,
+        many::ROWS,
+        backend::ROWS,
     ];
     let rows = all.into_iter().flatten();
     if arguments.row.is_empty() {

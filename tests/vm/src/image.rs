@@ -13,14 +13,14 @@ use crate::kernel::Kernel;
 use crate::program::{MODULES, PROGRAMS, Program};
 
 /// What the lab and the tests look through. The rest of what a shell script may want comes from busybox.
-const TOOLS: [&str; 11] = [
-    "bpftool", "bridge", "ip", "nft", "nsenter", "nstat", "ping", "ss", "sysctl", "tc", "wg",
+const TOOLS: [&str; 12] = [
+    "bpftool", "bridge", "ip", "nft", "nsenter", "nstat", "ping", "ss", "strace", "sysctl", "tc", "wg",
 ];
 
 /// Applets of busybox that the guest gets under their own name.
-const APPLETS: [&str; 16] = [
-    "cat", "dmesg", "env", "false", "free", "grep", "head", "install", "ls", "lsmod", "mount", "ps", "sleep", "tail",
-    "true", "uname",
+const APPLETS: [&str; 18] = [
+    "cat", "date", "dmesg", "env", "false", "free", "grep", "head", "install", "ls", "lsmod", "mount", "ps", "sleep",
+    "tail", "true", "umount", "uname",
 ];
 
 /// An archive in the making.

@@ -20,7 +20,7 @@ pub const PACKAGES: [&str; 6] = [
 ];
 
 /// Modules that the tests' devices, filters and tunnels need; those they depend on come by themselves.
-pub const MODULES: [&str; 19] = [
+pub const MODULES: [&str; 23] = [
     "virtio_pci",
     "virtio_net",
     "bridge",
@@ -41,6 +41,10 @@ pub const MODULES: [&str; 19] = [
     // libcrc32c, which nf_tables needs, asks for it as a soft dependency.
     "crc32c_generic",
     "nf_tables",
+    "nft_ct",
+    "nft_nat",
+    "nft_chain_nat",
+    "sch_netem",
 ];
 
 /// A run of suites.
@@ -92,7 +96,7 @@ const CORE_MATRIX: &[&str] = &[
 ];
 
 /// All suites, the cheapest failures first.
-pub const SUITES: [Suite; 13] = [
+pub const SUITES: [Suite; 15] = [
     // First: it waits for the other guest, which has just been started, too.
     Suite {
         name: PAIR,
@@ -212,6 +216,25 @@ pub const SUITES: [Suite; 13] = [
         environment: USERSPACE,
         run: Run::Full,
         seconds: 3000,
+    },
+    Suite {
+        name: "faults, kernel WireGuard",
+        source: "agent/tests/faults/main.rs",
+        arguments: &[
+            "--small",
+            "--row=0,A1/any-moment,A1/some,A2,A4,B1/folder,B3/folder,B6/folder,C1,C3,C4,D1,D4,F2,F5,F7/pods,F7/replay,G,H",
+        ],
+        environment: KERNEL,
+        run: Run::Full,
+        seconds: 5400,
+    },
+    Suite {
+        name: "faults, userspace WireGuard",
+        source: "agent/tests/faults/main.rs",
+        arguments: &["--small", "--row=A1/some,C3/deleted,C4/wg,C5,D4,G2,G3,G5,K2"],
+        environment: USERSPACE,
+        run: Run::Full,
+        seconds: 3600,
     },
     Suite {
         name: "matrix, kernel WireGuard",

@@ -340,7 +340,8 @@ fn ask(
             .checked_duration_since(Instant::now())
             .filter(|left| !left.is_zero())
         {
-            socket.set_read_timeout(Some(left))?;
+            // socket2 cuts what is left of a microsecond, and no time at all is for ever.
+            socket.set_read_timeout(Some(left.max(Duration::from_micros(1))))?;
             match socket.read(&mut buffer) {
                 Ok(length) => {
                     if accept(&buffer[..length])? {

@@ -30,7 +30,7 @@ test:
 
 test-faults:
 	@scripts/setup.sh test
-	@cargo test --quiet --locked --package shroud --test faults -- --all $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
+	@cargo test --release --locked --package shroud --test faults -- --all $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
 
 test-vm:
 	@FULL=$(FULL) scripts/test-vm.sh

@@ -8,7 +8,7 @@ use shroud_lab::Status;
 use shroud_model::PublicKey;
 
 use crate::field::Field;
-use crate::row::Row;
+use crate::row::{self, Row};
 
 /// How many come at once.
 const MANY: u32 = 5_000;
@@ -16,6 +16,7 @@ const MANY: u32 = 5_000;
 pub(crate) const ROWS: &[Row] = &[
     // Nobody answers at their addresses, and each is called every five seconds: that is part of the fault.
     Row::new("J3", "5,000 nodes come at once, and go", thousands)
+        .needs(row::optimised)
         .stalls_at_most(4_000)
         .heals_within(60),
 ];

@@ -171,7 +171,7 @@ impl Row {
     }
 }
 
-/// Nothing: for rows that only a machine of their own can run.
+/// A machine whose clock may be changed.
 pub(crate) fn a_machine_of_its_own() -> Result<(), String> {
     // Set in the guests of tests/vm alone.
     if std::env::var_os("SHROUD_LAB_PAIR").is_some() {
@@ -201,6 +201,15 @@ pub(crate) fn userspace() -> Result<(), String> {
     match AgentOptions::new("").backend.as_str() {
         "userspace" => Ok(()),
         other => Err(format!("needs `shroud wire`, and this run encrypts by {other}")),
+    }
+}
+
+/// A build as it is shipped: thousands of handshakes and records take another many times as long.
+pub(crate) fn optimised() -> Result<(), String> {
+    if cfg!(debug_assertions) {
+        Err("needs an optimised build (make test-faults)".to_owned())
+    } else {
+        Ok(())
     }
 }
 

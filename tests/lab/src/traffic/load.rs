@@ -193,17 +193,9 @@ impl Load {
             hurry: AtomicBool::new(false),
             connections: states,
         });
-        let spawn = |name: &str, work: Box<dyn FnOnce(&Shared) -> Result<()> + Send>| {
-            let shared = Arc::clone(&shared);
-            thread::Builder::new().name(name.to_owned()).spawn(move || {
-                if let Err(error) = work(&shared) {
-                    shared.lose_all(&error);
-                }
-            })
-        };
         let threads = vec![
-            spawn("load servers", Box::new(|shared: &Shared| serve(servers, shared)))?,
-            spawn("load clients", Box::new(|shared: &Shared| ask(clients, shared)))?,
+            Shared::spawn(&shared, "load servers", |shared| serve(servers, shared))?,
+            Shared::spawn(&shared, "load clients", |shared| ask(clients, shared))?,
         ];
         Ok(Load { shared, threads })
     }
@@ -268,6 +260,20 @@ impl Drop for Load {
 }
 
 impl Shared {
+    /// Starts a thread whose end by an error is the end of all connections.
+    fn spawn(
+        shared: &Arc<Shared>,
+        name: &str,
+        work: impl FnOnce(&Shared) -> Result<()> + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let shared = Arc::clone(shared);
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if let Err(error) = work(&shared) {
+                shared.lose_all(&error);
+            }
+        })
+    }
+
     fn lose(&self, number: usize, error: &anyhow::Error) {
         let mut state = lock(&self.connections[number]);
         // An end hears of its own breach first; what the other end then sees is its echo.

@@ -38,15 +38,17 @@ pub(crate) const ROWS: &[Row] = &[
 fn killed(field: &mut Field) -> Result<()> {
     for names in [&["a"][..], &["a", "b", "c"]] {
         field.at_any_moment();
-        for name in names {
-            field.agent(name).kill()?;
-        }
-        field.lasts(3);
-        field.fault();
-        for name in names {
-            field.agent(name).restart()?;
-        }
-        field.heals()?;
+        field.changes_nothing(|field| {
+            for name in names {
+                field.agent(name).kill()?;
+            }
+            field.lasts(3);
+            field.fault();
+            for name in names {
+                field.agent(name).restart()?;
+            }
+            field.heals()
+        })?;
     }
     Ok(())
 }
@@ -57,12 +59,12 @@ fn killed_at_some_steps(field: &mut Field) -> Result<()> {
         let index = field.chance.below(steps.len() as u64);
         steps.remove(usize::try_from(index)?);
     }
-    killed_at(field, &steps, &|_| Ok(()))
+    field.changes_nothing(|field| killed_at(field, &steps, &|_| Ok(())))
 }
 
 fn killed_at_each_step(field: &mut Field) -> Result<()> {
     let steps = steps_of(field, &|_| Ok(()))?;
-    killed_at(field, &steps, &|_| Ok(()))
+    field.changes_nothing(|field| killed_at(field, &steps, &|_| Ok(())))
 }
 
 fn killed_at_each_step_of_making_all_anew(field: &mut Field) -> Result<()> {
@@ -163,13 +165,15 @@ fn asked_to_end(field: &mut Field) -> Result<()> {
             let exit = field.agent(name).terminate(Duration::from_secs(5))?;
             ensure!(exit.success(), "the agent of {name} ended with {exit}");
         }
-        field.lasts(5);
-        field.datagrams_pass()?;
-        field.fault();
-        for name in names {
-            field.agent(name).restart()?;
-        }
-        field.heals()?;
+        field.changes_nothing(|field| {
+            field.lasts(5);
+            field.datagrams_pass()?;
+            field.fault();
+            for name in names {
+                field.agent(name).restart()?;
+            }
+            field.heals()
+        })?;
     }
     Ok(())
 }
@@ -201,10 +205,12 @@ fn there_twice(field: &mut Field) -> Result<()> {
         node.log_tail(20)
     );
 
-    field.agent("a").kill()?;
-    field.fault();
-    *field.agent("a") = second;
-    field.heals()
+    field.changes_nothing(|field| {
+        field.agent("a").kill()?;
+        field.fault();
+        *field.agent("a") = second;
+        field.heals()
+    })
 }
 
 /// A broken epoll makes tokio panic in whichever thread waits for it. The agent ends as a whole: what is half alive nobody restarts.
@@ -223,10 +229,12 @@ fn panicking(field: &mut Field) -> Result<()> {
             "nothing panicked in {thread}:\n{}",
             node.log_tail(20)
         );
-        field.lasts(2);
-        field.fault();
-        field.agent("a").restart()?;
-        field.heals()?;
+        field.changes_nothing(|field| {
+            field.lasts(2);
+            field.fault();
+            field.agent("a").restart()?;
+            field.heals()
+        })?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use shroud_apiserver::{Answer, Effect, Fault, Requests, WatchEffect};
 use shroud_lab::{Status, eventually};
@@ -47,30 +47,6 @@ pub(crate) const ROWS: &[Row] = &[
         .heals_within(LISTS),
 ];
 
-/// Does something, and insists that no agent changed anything because of it.
-fn changes_nothing(field: &mut Field, work: impl FnOnce(&mut Field) -> Result<()>) -> Result<()> {
-    let before = changes(field)?;
-    work(field)?;
-    let after = changes(field)?;
-    ensure!(
-        after == before,
-        "something was changed:\n{}",
-        after[before.len().min(after.len())..].join("\n")
-    );
-    Ok(())
-}
-
-/// What all agents say that they changed, oldest first for each.
-fn changes(field: &Field) -> Result<Vec<String>> {
-    let mut lines = Vec::new();
-    for node in &field.lab.nodes {
-        let log = fs::read_to_string(node.log())?;
-        let changes = log.lines().filter(|line| line.contains(" changed driver="));
-        lines.extend(changes.map(|line| format!("{}: {line}", node.host.name)));
-    }
-    Ok(lines)
-}
-
 /// Whether an agent lives from what it knows while its source is silent.
 fn is_silent(status: &Status) -> bool {
     says(status, "directory-silent") && status.peers.len() == 2
@@ -85,7 +61,7 @@ fn says(status: &Status, check: &str) -> bool {
 fn folder_away(field: &mut Field) -> Result<()> {
     let folder = field.lab.directory();
     let away = folder.with_extension("away");
-    changes_nothing(field, |field| {
+    field.changes_nothing(|field| {
         fs::rename(&folder, &away).context("take the folder away")?;
         for name in ["a", "b", "c"] {
             field.says(name, "the folder is silent", is_silent)?;
@@ -104,7 +80,7 @@ fn folder_away(field: &mut Field) -> Result<()> {
 }
 
 fn server_away(field: &mut Field) -> Result<()> {
-    changes_nothing(field, |field| {
+    field.changes_nothing(|field| {
         let server = &field.cluster()?.server;
         server.refuse()?;
         server.cut_connections();
@@ -140,7 +116,7 @@ fn records_broken(field: &mut Field) -> Result<()> {
         deep.as_bytes(),
         large.as_bytes(),
     ];
-    changes_nothing(field, |field| {
+    field.changes_nothing(|field| {
         for bytes in nonsense {
             for name in ["b.json", "x.json"] {
                 fs::write(folder.join(name), bytes)?;
@@ -186,7 +162,7 @@ fn answers_broken(field: &mut Field) -> Result<()> {
         Fault::answer(Answer::unauthorized()).on(watches()),
         Fault::answer(Answer::unavailable()).on(watches()),
     ];
-    changes_nothing(field, |field| {
+    field.changes_nothing(|field| {
         for fault in faults {
             let server = &field.cluster()?.server;
             server.fault(fault.times(3));
@@ -205,7 +181,7 @@ fn folder_emptied(field: &mut Field) -> Result<()> {
     let folder = field.lab.directory();
     let files: Vec<PathBuf> = ["a", "b", "c"].map(|name| folder.join(format!("{name}.json"))).into();
     let records = files.iter().map(fs::read).collect::<Result<Vec<_>, _>>()?;
-    changes_nothing(field, |field| {
+    field.changes_nothing(|field| {
         for gone in [&files[..], &files[1..]] {
             // Nobody writes anew what an agent that does not live would have to write.
             for name in ["b", "c"] {
@@ -233,7 +209,7 @@ fn folder_emptied(field: &mut Field) -> Result<()> {
 
 /// As after a restore of an old backup: Nodes are gone, and no watch tells of it.
 fn list_emptied(field: &mut Field) -> Result<()> {
-    changes_nothing(field, |field| {
+    field.changes_nothing(|field| {
         let server = &field.cluster()?.server;
         server.refuse()?;
         server.cut_connections();

@@ -1,6 +1,6 @@
 //! Where a row happens: three nodes with pods and real agents, connections between the pods, and a capture of every underlay port.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -179,6 +179,30 @@ impl Field {
     /// Lets a fault last.
     pub(crate) fn lasts(&self, seconds: u64) {
         std::thread::sleep(Duration::from_secs(seconds));
+    }
+
+    /// Does something, and insists that no agent changed anything in its kernel because of it.
+    pub(crate) fn changes_nothing(&mut self, work: impl FnOnce(&mut Field) -> Result<()>) -> Result<()> {
+        let before = self.changes()?;
+        work(self)?;
+        let after = self.changes()?;
+        ensure!(
+            after == before,
+            "something was changed:\n{}",
+            after.difference(&before).cloned().collect::<Vec<_>>().join("\n")
+        );
+        Ok(())
+    }
+
+    /// What all agents say that they changed.
+    fn changes(&self) -> Result<BTreeSet<String>> {
+        let mut lines = BTreeSet::new();
+        for node in &self.lab.nodes {
+            let log = fs::read_to_string(node.log()).context("read an agent's log")?;
+            let changes = log.lines().filter(|line| line.contains(" changed driver="));
+            lines.extend(changes.map(|line| format!("{}: {line}", node.host.name)));
+        }
+        Ok(lines)
     }
 
     /// Waits until all agents are well, each node holds what it held before, and fresh datagrams pass between all of them; then until

@@ -83,9 +83,11 @@ fn key_broken(field: &mut Field) -> Result<()> {
         ensure!(fs::read(&key).ok() == found, "the agent changed what it refused");
         field.datagrams_pass()?;
         fs::rename(&kept, &key).context("bring the key back")?;
-        field.fault();
-        field.agent("a").restart()?;
-        field.heals()?;
+        field.changes_nothing(|field| {
+            field.fault();
+            field.agent("a").restart()?;
+            field.heals()
+        })?;
     }
     Ok(())
 }
@@ -110,9 +112,11 @@ fn memory_broken(field: &mut Field) -> Result<()> {
             None => fs::remove_file(&memory)?,
             Some(text) => fs::write(&memory, text)?,
         }
-        field.fault();
-        field.agent("a").restart()?;
-        field.heals()?;
+        field.changes_nothing(|field| {
+            field.fault();
+            field.agent("a").restart()?;
+            field.heals()
+        })?;
     }
     Ok(())
 }

@@ -148,7 +148,10 @@ fn a_pin_that_somebody_removes_detaches_nothing() {
     assert_eq!(reconcile(&mut gate, &desired()), Vec::<String>::new());
     assert_eq!(world.hanging(), hanging);
     drop(gate);
-    assert_eq!(reconcile(&mut world.open(Attach::Tcx), &desired()), Vec::<String>::new());
+    assert_eq!(
+        reconcile(&mut world.open(Attach::Tcx), &desired()),
+        Vec::<String>::new()
+    );
 }
 
 /// A pinned link keeps its file when somebody detaches it by hand; the file then holds nothing.

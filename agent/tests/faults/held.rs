@@ -31,25 +31,23 @@ impl Held {
     pub(crate) fn by(node: &Node) -> Result<Held> {
         let mut kernel = BTreeSet::new();
         let netns = &node.host.netns;
-        for (what, command) in [
-            ("link", "-o link show"),
-            ("address", "-o address show"),
-            ("route", "-4 -o route show table all"),
-            ("route", "-6 -o route show table all"),
-            ("rule", "-4 rule show"),
-            ("rule", "-6 rule show"),
-        ] {
-            let shown = netns.ip(command)?;
-            kernel.extend(
-                shown
-                    .lines()
-                    .filter_map(|line| Some(format!("{what} {}", lasting(what, line)?))),
-            );
-        }
-        for what in ["allowed-ips", "listen-port", "fwmark", "public-key"] {
-            // A device that is away holds nothing.
-            let output = netns.exec("wg", &["show", &node.device, what])?;
-            kernel.extend(output.stdout.lines().map(|line| format!("{what} {}", sorted(line))));
+        let routing = ["route show table all", "rule show"];
+        let shown = netns.ask(&["-o"], &[&["link show", "address show"], &routing[..]].concat())?;
+        let shown6 = netns.ask(&["-6", "-o"], &routing)?;
+        kernel.extend(shown.lines().filter_map(lasting));
+        kernel.extend(shown6.lines().filter_map(|line| Some(format!("-6 {}", lasting(line)?))));
+        // A device that is away holds nothing.
+        let shown = netns.exec("wg", &["show", &node.device])?.stdout;
+        let mut peer = "";
+        for line in shown.lines().map(str::trim) {
+            match line.split_once(": ") {
+                Some(("peer", key)) => peer = key,
+                // These follow the traffic.
+                Some(("endpoint" | "latest handshake" | "transfer", _)) | None => {}
+                Some((what, value)) => {
+                    kernel.insert(format!("wg {peer} {what}: {}", sorted(value)));
+                }
+            }
         }
         names_below(&node.pins, &node.pins, &mut kernel);
         Ok(Held {
@@ -102,11 +100,13 @@ pub(crate) fn agents(node: &Node) -> Vec<u32> {
 }
 
 /// A line of iproute2 without what changes by itself: numbers of devices, states that follow traffic, ages.
-fn lasting(what: &str, line: &str) -> Option<String> {
+fn lasting(line: &str) -> Option<String> {
     let line = line.replace('\\', " ");
     let mut words: Vec<&str> = line.split_whitespace().collect();
-    if what == "link" || what == "address" {
-        // "7: eth0@if6: <BROADCAST,UP> mtu 1500 ..."; the number is another after a device was made anew.
+    // "7: eth0@if6: <BROADCAST,UP> mtu 1500 ..." and "7: eth0 inet ..."; the number is another after a device was made anew. That of a rule, as
+    // in "83: from all ...", is its priority.
+    let is_numbered = words.first()?.ends_with(':');
+    if is_numbered && !["from", "not"].contains(words.get(1)?) {
         words.remove(0);
     }
     let ages = ["expires", "age", "valid_lft", "preferred_lft"];
@@ -114,12 +114,12 @@ fn lasting(what: &str, line: &str) -> Option<String> {
         words.drain(at..(at + 2).min(words.len()));
     }
     // Ways that the kernel has learned, and link-layer addresses, which a new device has anew.
-    if words.contains(&"cache") || (what != "rule" && words.iter().any(|word| word.starts_with("fe80:"))) {
+    if words.contains(&"cache") || words.iter().any(|word| word.starts_with("fe80:")) {
         return None;
     }
-    if what == "link" {
-        let wanted = words.iter().position(|word| *word == "mtu")?;
-        words.truncate(wanted + 2);
+    if words.get(1).is_some_and(|flags| flags.starts_with('<')) {
+        let mtu = words.iter().position(|word| *word == "mtu")?;
+        words.truncate(mtu + 2);
     }
     Some(words.join(" "))
 }

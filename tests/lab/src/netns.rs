@@ -167,8 +167,18 @@ impl Netns {
 
     /// Feeds many lines to one `ip -batch`, which stops at the first that fails.
     pub fn batch(&self, lines: &str) -> Result<()> {
+        self.feed(&[], lines).map(drop)
+    }
+
+    /// Asks one `ip` many questions, a line each, and returns all answers; `options` are its own, e.g. `["-6", "-o"]`.
+    pub fn ask(&self, options: &[&str], lines: &[&str]) -> Result<String> {
+        self.feed(options, &format!("{}\n", lines.join("\n")))
+    }
+
+    fn feed(&self, options: &[&str], lines: &str) -> Result<String> {
         let mut command = Command::new("ip");
         command
+            .args(options)
             .args(["-batch", "-"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -185,7 +195,7 @@ impl Netns {
             output.status,
             String::from_utf8_lossy(&output.stderr)
         );
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Sets a network sysctl inside, by its dotted name.

@@ -266,6 +266,7 @@ impl Reconciler {
         let (mut next_look, mut next) = (Instant::now(), Look::Everything);
         let mut turns = TURNS.into_iter().cycle();
         let share = *self.config.resync / u32::try_from(TURNS.len()).expect("a handful");
+        let mut failed: u32 = 0;
         loop {
             let begun = Instant::now();
             let due = begun >= next_look;
@@ -277,10 +278,15 @@ impl Reconciler {
                 next = turns.next().map_or(Look::Everything, Look::At);
                 next_look = ended + share;
             }
-            if !report.failures.is_empty() || report.changed(Driver::Keys) {
-                // What we take for granted may be wrong.
+            failed = match report.failures.is_empty() {
+                true => 0,
+                false => failed.saturating_add(1),
+            };
+            if failed > 0 || report.changed(Driver::Keys) {
+                // What we take for granted may be wrong; what fails again and again is tried less and less often.
                 next = Look::Everything;
-                next_look = next_look.min(ended + SETTLE);
+                let pause = SETTLE * 2_u32.saturating_pow(failed.saturating_sub(1));
+                next_look = next_look.min(ended + pause.min(*self.config.resync));
             }
             let mut deadline = next_look;
             loop {

@@ -57,6 +57,15 @@ fn metrics_agree_with_status_and_gate() -> Result<()> {
 
     for (node, peer) in [("a", "b"), ("b", "a")] {
         let agent = mesh.agent(node);
+        // Status tells of a handshake at once, the sums only with the next look.
+        mesh.lab
+            .eventually("the handshake is counted", Duration::from_secs(10), || {
+                let seen = metrics(mesh.lab.node(node)).map_err(|error| format!("{error:#}"))?;
+                match seen.get("shroud_convergence_seconds_count{step=\"handshake\"}") {
+                    Some(count) if *count > 0.0 => Ok(()),
+                    other => Err(format!("{other:?}")),
+                }
+            })?;
         let (before, gate_before) = (agent.status()?, mesh.json(node, &["gate"])?);
         let seen = metrics(mesh.lab.node(node))?;
         let (after, gate_after) = (agent.status()?, mesh.json(node, &["gate"])?);

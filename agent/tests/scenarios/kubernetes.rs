@@ -272,16 +272,19 @@ fn an_expired_watch_lists_anew_and_at_most_every_30_s() -> Result<()> {
         .filter(|request| request.verb == Verb::List && request.resource == "nodes")
         .map(|request| request.start)
         .collect();
+    // On a slow machine the first list is so long ago that two more are due.
     ensure!(
-        lists.len() == 6,
-        "each of three agents lists twice, not {} times in all",
+        (6..=9).contains(&lists.len()),
+        "each of three agents lists two or three times, not {} times in all",
         lists.len()
     );
-    let between = lists[3].duration_since(lists[2]);
-    ensure!(
-        between > Duration::from_secs(25),
-        "the second list came {between:?} after the first"
-    );
+    for four in lists.windows(4) {
+        let between = four[3].duration_since(four[0]);
+        ensure!(
+            between > Duration::from_secs(25),
+            "three agents listed four times within {between:?}"
+        );
+    }
     for agent in &mesh.agents {
         mesh.eventually("nobody was removed", Duration::from_secs(5), agent, |status| {
             status.peers.len() == 2

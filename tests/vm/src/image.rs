@@ -19,7 +19,7 @@ const TOOLS: [&str; 12] = [
 
 /// Applets of busybox that the guest gets under their own name.
 const APPLETS: [&str; 18] = [
-    "cat", "date", "dmesg", "env", "false", "free", "grep", "head", "install", "ls", "lsmod", "mount", "ps", "sleep",
+    "cat", "cp", "date", "dmesg", "env", "false", "free", "grep", "head", "ls", "lsmod", "mount", "ps", "sleep",
     "tail", "true", "umount", "uname",
 ];
 

@@ -540,7 +540,7 @@ impl World {
 
     /// What hangs on the uplink and the pod's device, as "device hook program", in the order in which programs run.
     fn link_pins(&self) -> Vec<String> {
-        let links = fs::read_dir(self.pins.0.join("v2/links")).into_iter().flatten();
+        let links = fs::read_dir(self.pins.0.join("v3/links")).into_iter().flatten();
         links
             .map(|link| link.unwrap().file_name().into_string().unwrap())
             .collect()

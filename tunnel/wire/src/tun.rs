@@ -15,6 +15,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::unistd::Uid;
 
 const CONTROL: &str = "/dev/net/tun";
 
@@ -66,6 +67,8 @@ impl Tun {
             Err(Errno::EINVAL) => return Err(AttachError::Foreign),
             Err(errno) => return Err(AttachError::Other(errno.into())),
         }
+        // First, since a device of nobody's that nobody serves is open to every local user, who may open /dev/net/tun on most hosts.
+        own(&file).map_err(io::Error::from)?;
         persist(&file).map_err(io::Error::from)?;
         clear_offload(&file).map_err(io::Error::from)?;
         let inquiry = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
@@ -129,6 +132,14 @@ fn request(name: Name) -> libc::ifreq {
 fn set_interface(file: &File, request: &mut libc::ifreq) -> Result<(), Errno> {
     // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` borrows mutably for the call; the descriptor is open.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, std::ptr::from_mut(request)) };
+    Errno::result(result).map(|_| ())
+}
+
+/// Makes the device ours (TUNSETOWNER): others need CAP_NET_ADMIN to attach it (`tun_not_capable`, drivers/net/tun.c).
+fn own(file: &File) -> Result<(), Errno> {
+    let user = libc::c_ulong::from(Uid::effective().as_raw());
+    // SAFETY: TUNSETOWNER takes its argument by value and touches no memory of ours; the descriptor is open.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOWNER, user) };
     Errno::result(result).map(|_| ())
 }
 

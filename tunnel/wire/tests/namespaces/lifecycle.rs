@@ -221,6 +221,32 @@ fn a_refused_change_changes_nothing() {
     }
 }
 
+/// What a user without privileges is told who attaches a TUN device, to delete it. `/dev/net/tun` is open to all there, as on most hosts.
+fn attach_as_nobody(node: &Namespace, device: &str) -> Output {
+    let script = format!(
+        "mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && \
+         exec setpriv --reuid=65534 --regid=65534 --clear-groups ip tuntap del dev {device} mode tun"
+    );
+    node.command("unshare").args(["--mount", "sh", "-c", &script]).output().unwrap()
+}
+
+#[test]
+fn a_device_that_nobody_serves_is_not_to_be_had_by_other_users() {
+    let lab = Lab::new(1);
+    let mut one = Wire::start(&lab, 1, Program::Shroud);
+    one.node.ip("tuntap add dev open mode tun");
+    one.kill(Signal::SIGKILL);
+
+    let twin = attach_as_nobody(one.node, "open");
+    let ours = attach_as_nobody(one.node, &one.device);
+
+    assert!(twin.status.success(), "the same attempt on a device without an owner: {twin:?}");
+    let complaint = String::from_utf8(ours.stderr).unwrap();
+    assert!(complaint.contains("Operation not permitted"), "{complaint}");
+    one.spawn();
+    one.configure_device();
+}
+
 #[test]
 fn one_connection_carries_many_requests() {
     let lab = Lab::new(1);

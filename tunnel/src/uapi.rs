@@ -374,8 +374,12 @@ impl Answer {
             "persistent_keepalive_interval" => {
                 peer.keepalive = Some(number()?).filter(|&seconds| seconds != 0).map(Duration::from_secs);
             }
-            "last_handshake_time_sec" => self.handshake += Duration::from_secs(number()?),
-            "last_handshake_time_nsec" => self.handshake += Duration::from_nanos(number()?),
+            "last_handshake_time_sec" => {
+                self.handshake = self.handshake.saturating_add(Duration::from_secs(number()?));
+            }
+            "last_handshake_time_nsec" => {
+                self.handshake = self.handshake.saturating_add(Duration::from_nanos(number()?));
+            }
             "rx_bytes" => peer.rx_bytes = number()?,
             "tx_bytes" => peer.tx_bytes = number()?,
             "allowed_ip" => {
@@ -492,6 +496,19 @@ mod tests {
             assert!(matches!(error, Error::Garbled { .. }), "{error}");
             assert!(!format!("{error} {error:?}").contains("canary"), "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_handshake_beyond_all_time_is_none() {
+        let (_folder, client) = server(
+            b"public_key=0101010101010101010101010101010101010101010101010101010101010101\n\
+              last_handshake_time_sec=18446744073709551615\nlast_handshake_time_nsec=18446744073709551615\nerrno=0\n\n",
+        );
+
+        let device = client.read().unwrap().unwrap();
+
+        assert_eq!(device.peers.len(), 1);
+        assert!(device.peers.values().all(|peer| peer.last_handshake.is_none()));
     }
 
     #[test]

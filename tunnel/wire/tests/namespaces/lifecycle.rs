@@ -227,7 +227,10 @@ fn attach_as_nobody(node: &Namespace, device: &str) -> Output {
         "mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && \
          exec setpriv --reuid=65534 --regid=65534 --clear-groups ip tuntap del dev {device} mode tun"
     );
-    node.command("unshare").args(["--mount", "sh", "-c", &script]).output().unwrap()
+    node.command("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .output()
+        .unwrap()
 }
 
 #[test]
@@ -240,7 +243,10 @@ fn a_device_that_nobody_serves_is_not_to_be_had_by_other_users() {
     let twin = attach_as_nobody(one.node, "open");
     let ours = attach_as_nobody(one.node, &one.device);
 
-    assert!(twin.status.success(), "the same attempt on a device without an owner: {twin:?}");
+    assert!(
+        twin.status.success(),
+        "the same attempt on a device without an owner: {twin:?}"
+    );
     let complaint = String::from_utf8(ours.stderr).unwrap();
     assert!(complaint.contains("Operation not permitted"), "{complaint}");
     one.spawn();

@@ -99,6 +99,14 @@ pub(crate) struct Plan {
     pub(crate) problems: Vec<Problem>,
 }
 
+impl Plan {
+    /// Whether each encryption device that is to be there is, and encrypts.
+    pub(crate) fn has_its_devices(&self, surroundings: &Surroundings) -> bool {
+        let is_there = |lane: &Lane| surroundings.encryption_device(*lane).is_some();
+        self.tunnels.keys().all(is_there)
+    }
+}
+
 /// How one peer is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PlannedPeer {

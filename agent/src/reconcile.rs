@@ -166,14 +166,6 @@ struct Pass {
     took: Duration,
 }
 
-impl Pass {
-    /// Whether each encryption device that is to be there is, and encrypts.
-    fn encrypts(&self) -> bool {
-        let is_there = |lane: &Lane| self.surroundings.encryption_device(*lane).is_some();
-        self.plan.tunnels.keys().all(is_there)
-    }
-}
-
 /// What a pass looks at, and what it has seen of ours while looking at what is around us.
 struct Seen {
     look: Look,
@@ -295,27 +287,25 @@ impl Reconciler {
                     // However many questions there are, a pass comes first.
                     break;
                 }
-                match wakes.recv_timeout(left) {
+                let has_changed = match wakes.recv_timeout(left) {
                     Ok(Wake::Mesh) => {
                         let heard = *self.heard.get_or_insert(Instant::now());
                         deadline = deadline.min((heard + BURST).max(begun + SETTLE));
+                        false
                     }
-                    Ok(Wake::Kernel) => {
-                        next = Look::Everything;
-                        next_look = next_look.min(Instant::now().max(ended + SETTLE));
-                        deadline = deadline.min(next_look);
-                    }
+                    Ok(Wake::Kernel) => true,
                     Ok(Wake::Question { request, answer }) => {
                         // Whoever asked may have gone; then nobody misses the answer.
                         drop(answer.send(self.answer(&request)));
-                        if request == Request::Rotate {
-                            next = Look::Everything;
-                            next_look = next_look.min(Instant::now().max(ended + SETTLE));
-                            deadline = deadline.min(next_look);
-                        }
+                        request == Request::Rotate
                     }
                     Err(RecvTimeoutError::Timeout) => break,
                     Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                };
+                if has_changed {
+                    next = Look::Everything;
+                    next_look = next_look.min(Instant::now().max(ended + SETTLE));
+                    deadline = deadline.min(next_look);
                 }
             }
         }
@@ -332,9 +322,8 @@ impl Reconciler {
             .as_ref()
             .filter(|known| last.is_none_or(|last| !Arc::ptr_eq(&last.snapshot, known)));
         if let Some(snapshot) = news {
-            let peers = snapshot.peers.values();
-            let keys = peers.flat_map(|peer| [Some(peer.public_key), peer.next_key.map(|next| next.public_key)]);
-            self.convergence.announced(&keys.flatten().collect(), heard);
+            let keys = snapshot.peers.values().flat_map(|peer| peer.keys());
+            self.convergence.announced(&keys.collect(), heard);
         }
         self.from_memory = known.as_ref().is_some_and(|snapshot| snapshot.origin == Origin::Cache);
         self.opt_outs_unknown = match &known {
@@ -374,8 +363,7 @@ impl Reconciler {
             }
         };
         // Only where the way is as planned: elsewhere a probe could leave in the clear, and would tell nothing of the tunnel.
-        let is_there = |lane: &Lane| surroundings.encryption_device(*lane).is_some();
-        let way_is_there = plan.tunnels.keys().all(is_there) && report.failures.is_empty();
+        let way_is_there = plan.has_its_devices(&surroundings) && report.failures.is_empty();
         let as_planned = snapshot.origin == Origin::Source && self.choice.is_ok() && report.failures.is_empty();
         let last = self.last.as_ref();
         let is_news = last.is_none_or(|last| !(as_planned && last.as_planned && Arc::ptr_eq(&last.plan, &plan)));
@@ -672,10 +660,7 @@ impl Reconciler {
             .peers
             .values()
             .filter(|peer| own_next || peer.next_key.is_some());
-        let choosing: BTreeSet<PublicKey> = next_keys
-            .flat_map(|peer| [Some(peer.public_key), peer.next_key.map(|next| next.public_key)])
-            .flatten()
-            .collect();
+        let choosing: BTreeSet<PublicKey> = next_keys.flat_map(|peer| peer.keys()).collect();
         let (now, mut shaken, mut heard) = (Instant::now(), Vec::new(), BTreeMap::new());
         for (lane, observed) in tunnels {
             let Some(device) = &observed.device else { continue };

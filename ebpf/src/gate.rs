@@ -149,14 +149,15 @@ impl Gate {
     /// Any question the kernel would not answer.
     pub fn observe(&mut self) -> Result<Observed, Error> {
         self.written = [None, None];
+        let devices = device::devices()?;
         // First: it opens the links.
-        let attachments = self.attachments()?;
+        let attachments = self.attachments(&devices)?;
         Ok(Observed {
             mechanism: self.mechanism,
             attachments,
             table: self.read_table()?,
             missing_pins: self.missing_pins(),
-            stale_pins: self.stale_pins()?,
+            stale_pins: self.stale_pins(&devices)?,
             other_layouts: self
                 .pins
                 .other_layouts()?
@@ -210,9 +211,8 @@ impl Gate {
         removed
     }
 
-    fn attachments(&mut self) -> Result<BTreeMap<Attachment, Build>, Error> {
+    fn attachments(&mut self, devices: &BTreeMap<String, Device>) -> Result<BTreeMap<Attachment, Build>, Error> {
         let with_clsact = device::with_clsact()?;
-        let devices = device::devices()?;
         let mut found = BTreeMap::new();
         for device in devices.values() {
             for hook in Hook::ALL {
@@ -334,8 +334,7 @@ impl Gate {
     }
 
     /// What is left of devices that are gone: a link that holds nothing is kept by its pin all the same.
-    fn stale_pins(&self) -> Result<BTreeSet<String>, Error> {
-        let devices = device::devices()?;
+    fn stale_pins(&self, devices: &BTreeMap<String, Device>) -> Result<BTreeSet<String>, Error> {
         let is_there = |name: &str| {
             let index = name.split('-').next().and_then(|index| index.parse().ok());
             index.is_none_or(|index: u32| devices.values().any(|device| device.index == index))

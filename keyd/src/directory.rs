@@ -88,6 +88,15 @@ pub struct Peer {
     pub zone: Option<Zone>,
 }
 
+impl Peer {
+    /// The keys it answers to: the one in force, and the one to come.
+    pub fn keys(&self) -> impl Iterator<Item = PublicKey> + use<> {
+        [Some(self.public_key), self.next_key.map(|next| next.public_key)]
+            .into_iter()
+            .flatten()
+    }
+}
+
 /// A node that is known but not believed. Its traffic is dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use shroud_ebpf::{Hook, Reason};
 use shroud_model::NodeName;
 use shroud_routing::path_mtu::PathMtu;
-use shroud_tunnel::{Device, ObservedPeer};
+use shroud_tunnel::{Device, FRESH, ObservedPeer};
 use tracing::{error, info, warn};
 
 use super::{Pass, Reconciler, drop_line, remember, rotation};
@@ -27,8 +27,6 @@ use crate::status::{
     PeerStatus, RefusedStatus, RotationStatus, RoutingStatus, Status, VERSION, Verdict,
 };
 
-/// A peer that has not shaken hands for this long has no session (REJECT_AFTER_TIME, WireGuard whitepaper §6.1).
-const SESSION: Duration = Duration::from_secs(180);
 /// A change of key that takes longer than this needs a look.
 const ROTATION: Duration = Duration::from_secs(300);
 
@@ -120,18 +118,16 @@ impl Reconciler {
         );
         let directory = self.wiring.mesh.borrow().directory.clone();
         let paths = self.prober.snapshot();
+        let backend = self.backend().to_string();
+        let keepalive = !self.config.encryption.keepalive.is_zero();
         let peers: Vec<PeerStatus> = last
             .plan
             .peers
             .iter()
             .map(|(name, planned)| {
                 let device = planned.pair().lane.device(&self.config.encryption);
-                let keepalive = !self.config.encryption.keepalive.is_zero();
                 let path = planned.probe.and_then(|address| paths.get(&address));
-                PeerStatus {
-                    backend: self.backend().to_string(),
-                    ..peer_status(name, planned, tunnels, path, device, keepalive)
-                }
+                peer_status(name, planned, tunnels, path, device, backend.clone(), keepalive)
             })
             .collect();
         let refused = last.snapshot.refused.iter().map(|(name, refused)| RefusedStatus {
@@ -226,7 +222,7 @@ impl Reconciler {
         };
         let expected = Expected {
             uplinks: &uplinks,
-            encrypts: last.encrypts(),
+            encrypts: last.plan.has_its_devices(&last.surroundings),
             awaited: &awaited,
         };
         Ok(Readiness::of(&status, expected))
@@ -456,6 +452,7 @@ fn peer_status(
     tunnels: &Tunnels,
     path: Option<&PathMtu>,
     device: String,
+    backend: String,
     keepalive: bool,
 ) -> PeerStatus {
     let seen = observed_peer(tunnels, planned.pair());
@@ -470,7 +467,7 @@ fn peer_status(
             let says = "no handshake yet: is its UDP port reachable, and is its agent running?";
             problems.push(Check::PeerNoHandshake.says(says));
         }
-        (Some(_), Some(age)) if keepalive && age > SESSION => {
+        (Some(_), Some(age)) if keepalive && age > FRESH => {
             let says = format!("no handshake for {} s: is its UDP port reachable?", age.as_secs());
             problems.push(Check::PeerNoHandshake.says(says));
         }
@@ -480,7 +477,7 @@ fn peer_status(
         node: name.clone(),
         public_key: planned.pair().peer,
         fingerprint: planned.pair().peer.fingerprint(),
-        backend: String::new(),
+        backend,
         device,
         endpoint: seen.and_then(|peer| peer.endpoint).or(planned.endpoint()),
         handshake_age_seconds: age.map(|age| age.as_secs_f64()),

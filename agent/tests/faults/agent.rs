@@ -43,14 +43,19 @@ fn killed(field: &mut Field) -> Result<()> {
                 field.agent(name).kill()?;
             }
             field.lasts(3);
-            field.fault();
-            for name in names {
-                field.agent(name).restart()?;
-            }
-            field.heals()
+            come_back(field, names)
         })?;
     }
     Ok(())
+}
+
+/// Starts these agents, which has to be enough to heal.
+fn come_back(field: &mut Field, names: &[&str]) -> Result<()> {
+    field.fault();
+    for name in names {
+        field.agent(name).restart()?;
+    }
+    field.heals()
 }
 
 fn killed_at_some_steps(field: &mut Field) -> Result<()> {
@@ -168,11 +173,7 @@ fn asked_to_end(field: &mut Field) -> Result<()> {
         field.changes_nothing(|field| {
             field.lasts(5);
             field.datagrams_pass()?;
-            field.fault();
-            for name in names {
-                field.agent(name).restart()?;
-            }
-            field.heals()
+            come_back(field, names)
         })?;
     }
     Ok(())

@@ -49,13 +49,21 @@ pub(crate) const ROWS: &[Row] = &[
 
 /// Whether an agent lives from what it knows while its source is silent.
 fn is_silent(status: &Status) -> bool {
-    says(status, "directory-silent") && status.peers.len() == 2
+    status.directory_says("directory-silent") && status.peers.len() == 2
 }
 
-/// Whether the directory has a problem of this kind.
-fn says(status: &Status, check: &str) -> bool {
-    let problems = status.raw["directory"]["problems"].as_array();
-    problems.into_iter().flatten().any(|problem| problem["check"] == check)
+/// While the source is away all say that it is silent, and an agent that starts meanwhile lives from memory.
+fn lives_from_memory(field: &mut Field, silent: &str) -> Result<()> {
+    for name in ["a", "b", "c"] {
+        field.says(name, silent, is_silent)?;
+    }
+    field.agent("b").kill()?;
+    field.agent("b").restart()?;
+    field.says("b", "it lives from memory", |status| {
+        is_silent(status) && status.raw["directory"]["state"] == "cached"
+    })?;
+    field.lasts(12);
+    field.datagrams_pass()
 }
 
 fn folder_away(field: &mut Field) -> Result<()> {
@@ -63,16 +71,7 @@ fn folder_away(field: &mut Field) -> Result<()> {
     let away = folder.with_extension("away");
     field.changes_nothing(|field| {
         fs::rename(&folder, &away).context("take the folder away")?;
-        for name in ["a", "b", "c"] {
-            field.says(name, "the folder is silent", is_silent)?;
-        }
-        field.agent("b").kill()?;
-        field.agent("b").restart()?;
-        field.says("b", "it lives from memory", |status| {
-            is_silent(status) && status.raw["directory"]["state"] == "cached"
-        })?;
-        field.lasts(12);
-        field.datagrams_pass()?;
+        lives_from_memory(field, "the folder is silent")?;
         fs::rename(&away, &folder).context("bring the folder back")?;
         field.fault();
         field.heals()
@@ -84,16 +83,7 @@ fn server_away(field: &mut Field) -> Result<()> {
         let server = &field.cluster()?.server;
         server.refuse()?;
         server.cut_connections();
-        for name in ["a", "b", "c"] {
-            field.says(name, "the API server is silent", is_silent)?;
-        }
-        field.agent("b").kill()?;
-        field.agent("b").restart()?;
-        field.says("b", "it lives from memory", |status| {
-            is_silent(status) && status.raw["directory"]["state"] == "cached"
-        })?;
-        field.lasts(12);
-        field.datagrams_pass()?;
+        lives_from_memory(field, "the API server is silent")?;
         field.cluster()?.server.accept()?;
         field.fault();
         field.heals()
@@ -192,7 +182,7 @@ fn folder_emptied(field: &mut Field) -> Result<()> {
                 fs::remove_file(file).with_context(|| format!("remove {}", file.display()))?;
             }
             field.says("a", "it believes no such list at once", |status| {
-                status.peers.len() == 2 && says(status, "directory-doubtful")
+                status.peers.len() == 2 && status.directory_says("directory-doubtful")
             })?;
             for (file, record) in files.iter().zip(&records) {
                 fs::write(file, record)?;
@@ -227,7 +217,7 @@ fn list_emptied(field: &mut Field) -> Result<()> {
         server.accept()?;
         eventually("a's brake is told", Duration::from_secs(70), || {
             let status = field.agents[0].status().map_err(|error| format!("{error:#}"))?;
-            if status.peers.len() == 2 && says(&status, "directory-doubtful") {
+            if status.peers.len() == 2 && status.directory_says("directory-doubtful") {
                 Ok(())
             } else {
                 Err(format!("{} peers, {}", status.peers.len(), status.raw["directory"]))

@@ -201,11 +201,7 @@ fn somebody_goes(field: &Field, name: &str) -> Result<()> {
 fn says_so_and_works(field: &mut Field, name: &str) -> Result<()> {
     somebody_comes(field, name)?;
     field.says("a", "it cannot keep the directory", |status| {
-        let problems = status.raw["directory"]["problems"].as_array();
-        problems
-            .into_iter()
-            .flatten()
-            .any(|problem| problem["check"] == "directory-not-saved")
+        status.directory_says("directory-not-saved")
     })?;
     field.datagrams_pass()?;
     field.agent("a").kill()?;
@@ -245,11 +241,7 @@ fn disk_fails_to_sync(field: &mut Field) -> Result<()> {
     let failing = Failing::start(field.agent("a").pid(), "shroud", "fsync,fdatasync", "error=EIO")?;
     somebody_comes(field, "x")?;
     field.says("a", "it cannot keep the directory", |status| {
-        let problems = status.raw["directory"]["problems"].as_array();
-        problems
-            .into_iter()
-            .flatten()
-            .any(|problem| problem["check"] == "directory-not-saved")
+        status.directory_says("directory-not-saved")
     })?;
     field.datagrams_pass()?;
     drop(failing);

@@ -66,9 +66,7 @@ fn is_refused(status: &Status, node: &str) -> bool {
 }
 
 pub(crate) fn has_problem(status: &Status, check: &str) -> bool {
-    let directory = status.raw["directory"]["problems"].as_array();
-    let of_directory = directory.into_iter().flatten().any(|problem| problem["check"] == check);
-    of_directory || status.problems.iter().any(|problem| problem.check == check)
+    status.directory_says(check) || status.problems.iter().any(|problem| problem.check == check)
 }
 
 /// Long-lived TCP connections in both families between three nodes.

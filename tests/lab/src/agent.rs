@@ -321,6 +321,12 @@ impl Status {
             .find(|problem| problem.check == check)
             .map(|problem| problem.says.as_str())
     }
+
+    /// Whether the directory has a problem with this id.
+    pub fn directory_says(&self, check: &str) -> bool {
+        let problems = self.raw["directory"]["problems"].as_array();
+        problems.into_iter().flatten().any(|problem| problem["check"] == check)
+    }
 }
 
 /// The `shroud` program: `$SHROUD`, or the one that the same build has left beside this program or its tests.
